@@ -1,0 +1,46 @@
+"""The Django app: connects signals and checks when Django starts.
+
+Invariant: starting a process opens nothing; the first session does.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from django.apps import AppConfig
+from django.core.checks import Tags, register
+from django.core.handlers.wsgi import WSGIHandler
+from django.core.signals import request_finished, request_started
+from django.utils.translation import gettext_lazy as _
+
+
+class DeferredSessionsConfig(AppConfig):
+    """`INSTALLED_APPS += ["deferred_sessions"]`."""
+
+    name = "deferred_sessions"
+    verbose_name = _("Deferred sessions")
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Register the checks and listen for the ends of requests."""
+        from deferred_sessions.checks import check_settings  # noqa: PLC0415 - apps first
+
+        register(check_settings, Tags.sessions if hasattr(Tags, "sessions") else Tags.security)
+        request_started.connect(_on_request_started, dispatch_uid="deferred_sessions")
+        request_finished.connect(_on_request_finished, dispatch_uid="deferred_sessions")
+
+
+def _on_request_started(**_: Any) -> None:
+    from deferred_sessions.runtime import current_runtime  # noqa: PLC0415
+
+    if (runtime := current_runtime()) is not None:
+        runtime.request_end.begin()
+
+
+def _on_request_finished(sender: type[object] | None, **_: Any) -> None:
+    from deferred_sessions.runtime import current_runtime  # noqa: PLC0415
+
+    if (runtime := current_runtime()) is not None:
+        stays = sender is not None and issubclass(sender, WSGIHandler)
+        runtime.request_end.finish(time.time(), on_this_thread=stays)

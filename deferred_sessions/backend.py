@@ -1,0 +1,265 @@
+"""The session engine: `SESSION_ENGINE = "deferred_sessions.backend"`.
+
+Django builds a `SessionStore` for each request. Here are Django's semantics and
+nothing else: what a session is, when it is loaded, what its errors mean. Where it is
+kept is the business of `tiers`. Invariant: `__init__` does no I/O, and the async half
+of each operation stores exactly what the sync half stores.
+
+On a hit in memory the async half never leaves the event loop, and the sync half may
+be used in async code, because no database is involved.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any, Final, TypeGuard
+
+from asgiref.sync import sync_to_async
+from django.contrib.sessions.backends.base import (
+    VALID_KEY_CHARS,
+    CreateError,
+    SessionBase,
+    UpdateError,
+)
+from django.utils.crypto import get_random_string
+
+from deferred_sessions.exceptions import SessionDeletedError
+from deferred_sessions.payload import Snapshot
+from deferred_sessions.runtime import Runtime, get_runtime
+from deferred_sessions.tiers import Memory, Saving
+
+VALID_KEY: Final = re.compile(r"[0-9A-Za-z_-]{8,40}").fullmatch
+"""What may reach a tier at all. A cookie can hold anything; Django's own keys are 32
+characters of a-z0-9, the rest leaves room for keys that other engines have made."""
+
+USER_KEY: Final = "_auth_user_id"
+KEY_LENGTH: Final = 32
+
+
+class SessionStore(SessionBase):
+    """A visitor's session, deferred.
+
+    The class must be called `SessionStore`: Django derives the salt of the signature
+    from the name, and rows stay readable by `django.contrib.sessions.backends.db`.
+    """
+
+    _base: Snapshot | None = None
+    """The session as it was last loaded or saved."""
+
+    @classmethod
+    def get_model_class(cls) -> type:
+        """Return the model of the rows, as the engines that Django ships do."""
+        from deferred_sessions.models import Session  # noqa: PLC0415 - needs loaded apps
+
+        return Session
+
+    # Load
+
+    def load(self) -> dict[str, Any]:
+        """Return this request's own copy of the session; {} and no key if there is none.
+
+        Raises:
+            ServerUnavailableError: Not in memory, and PostgreSQL cannot be asked. An
+                empty session would make the middleware delete the visitor's cookie.
+        """
+        runtime, key, now = get_runtime(), self._session_key, time.time()
+        if not _is_valid(key):
+            return self._adopt(None, runtime)
+        loaded = runtime.tiers.recall(key, now)
+        if loaded is Memory.UNKNOWN:
+            loaded = runtime.tiers.fetch(key, now)
+        return self._adopt(loaded, runtime)
+
+    async def aload(self) -> dict[str, Any]:
+        """Do what `load` does."""
+        runtime, key, now = get_runtime(), self._session_key, time.time()
+        if not _is_valid(key):
+            return self._adopt(None, runtime)
+        loaded = runtime.tiers.recall(key, now)
+        if loaded is Memory.UNKNOWN:
+            loaded = await sync_to_async(runtime.tiers.fetch)(key, now)
+        return self._adopt(loaded, runtime)
+
+    def exists(self, session_key: str | None) -> bool:
+        """Tell whether there is a live session of this key.
+
+        Raises:
+            ServerUnavailableError: Not in memory, and PostgreSQL cannot be asked.
+        """
+        if not _is_valid(session_key):
+            return False
+        tiers, now = get_runtime().tiers, time.time()
+        known = tiers.exists(session_key, now)
+        return tiers.exists_in_server(session_key, now) if known is None else known
+
+    async def aexists(self, session_key: str | None) -> bool:
+        """Do what `exists` does."""
+        if not _is_valid(session_key):
+            return False
+        tiers, now = get_runtime().tiers, time.time()
+        known = tiers.exists(session_key, now)
+        if known is None:
+            return await sync_to_async(tiers.exists_in_server)(session_key, now)
+        return known
+
+    # Save
+
+    def save(self, must_create: bool = False) -> None:
+        """Save the session in memory, and in PostgreSQL where it must not wait.
+
+        When it returns, every process of the host sees the change, and only the loss
+        of the host can undo it.
+
+        Raises:
+            CreateError: `must_create`, and the key is taken.
+            UpdateError: The session was deleted since it was loaded.
+            ServerUnavailableError: PostgreSQL had to be asked and could not be.
+        """
+        if self.session_key is None:
+            self.create()
+            return
+        session = self._get_session(no_load=must_create)  # type: ignore[attr-defined]
+        if must_create:
+            self._insert(session)
+            return
+        runtime, now = get_runtime(), time.time()
+        try:
+            snapshot, saving = self._remember(session, runtime, now)
+            if saving is not None:
+                runtime.tiers.settle(saving, now)
+        except SessionDeletedError as error:
+            raise UpdateError(str(error)) from error
+        self._base = snapshot
+
+    async def asave(self, must_create: bool = False) -> None:
+        """Do what `save` does."""
+        if self.session_key is None:
+            await self.acreate()
+            return
+        session = await self._aget_session(no_load=must_create)  # type: ignore[attr-defined]
+        if must_create:
+            await sync_to_async(self._insert)(session)
+            return
+        runtime, now = get_runtime(), time.time()
+        try:
+            snapshot, saving = self._remember(session, runtime, now)
+            if saving is not None:
+                await sync_to_async(runtime.tiers.settle)(saving, now)
+        except SessionDeletedError as error:
+            raise UpdateError(str(error)) from error
+        self._base = snapshot
+
+    def create(self) -> None:
+        """Create a session under a new key, in PostgreSQL and in memory."""
+        while True:
+            self._session_key = self._get_new_session_key()
+            try:
+                self.save(must_create=True)
+            except CreateError:
+                continue
+            self.modified = True
+            return
+
+    async def acreate(self) -> None:
+        """Do what `create` does."""
+        while True:
+            self._session_key = await self._aget_new_session_key()
+            try:
+                await self.asave(must_create=True)
+            except CreateError:
+                continue
+            self.modified = True
+            return
+
+    def delete(self, session_key: str | None = None) -> None:
+        """Delete the session everywhere; it stays deleted even if PostgreSQL is away."""
+        key = self.session_key if session_key is None else session_key
+        if _is_valid(key):
+            get_runtime().tiers.delete(key, time.time())
+
+    async def adelete(self, session_key: str | None = None) -> None:
+        """Do what `delete` does."""
+        await sync_to_async(self.delete)(session_key)
+
+    @classmethod
+    def clear_expired(cls) -> None:
+        """Delete expired sessions, after those that live on in memory were written."""
+        get_runtime().flusher.clear_expired(time.time())
+
+    @classmethod
+    async def aclear_expired(cls) -> None:
+        """Do what `clear_expired` does."""
+        await sync_to_async(cls.clear_expired)()
+
+    # Inside
+
+    def _adopt(self, loaded: Snapshot | None, runtime: Runtime) -> dict[str, Any]:
+        """Take what was found as this request's session."""
+        if loaded is None:
+            self._session_key = None
+            return {}
+        self._base = loaded
+        if runtime.request_end.is_needed:
+            runtime.request_end.note_use(str(self._session_key))
+        return loaded.copy()
+
+    def _remember(
+        self, session: dict[str, Any], runtime: Runtime, now: float
+    ) -> tuple[Snapshot, Saving | None]:
+        """Save in memory; encodes first, so that a failure changes nothing.
+
+        Returns the session as saved, and what is left to do.
+        """
+        key, base = self._session_key, self._base
+        if base is not None and key is not None:  # then it was checked when it was loaded
+            snapshot, changed = base.changed_to(session)
+            is_urgent = not runtime.urgent_keys.isdisjoint(changed)
+        elif _is_valid(key):
+            snapshot, is_urgent = runtime.codec.encode(session), True
+        else:
+            raise UpdateError("There is no such session.")
+        saving = runtime.tiers.remember(
+            key,
+            snapshot,
+            str(session.get(USER_KEY) or ""),
+            self._expires_at(session, now),
+            now,
+            is_urgent=is_urgent,
+        )
+        return snapshot, saving
+
+    def _insert(self, session: dict[str, Any]) -> None:
+        """Create the session under its key, or raise CreateError."""
+        key, runtime, now = self._session_key, get_runtime(), time.time()
+        if not _is_valid(key):
+            raise ValueError("A session key must be 8 to 40 characters of 0-9, A-Z, a-z, _ and -.")
+        snapshot = runtime.codec.encode(session)
+        created = runtime.tiers.create(
+            key,
+            snapshot.payload,
+            str(session.get(USER_KEY) or ""),
+            expires_at=self._expires_at(session, now),
+            now=now,
+        )
+        if not created:
+            raise CreateError
+        self._base = snapshot
+
+    def _expires_at(self, session: dict[str, Any], now: float) -> float:
+        expiry = session.get("_session_expiry")
+        if not expiry:
+            return now + self.get_session_cookie_age()
+        expires_at: float = self.get_expiry_date(expiry=expiry).timestamp()
+        return expires_at
+
+    def _get_new_session_key(self) -> str:
+        """Return a random key; whether it is taken shows when it is inserted."""
+        return get_random_string(KEY_LENGTH, VALID_KEY_CHARS)
+
+    async def _aget_new_session_key(self) -> str:
+        return self._get_new_session_key()
+
+
+def _is_valid(key: str | None) -> TypeGuard[str]:
+    return key is not None and VALID_KEY(key) is not None

@@ -1,0 +1,67 @@
+"""Every error this package raises, in one place that imports nothing.
+
+All of them share one root, so that `except DeferredSessionsError` catches whatever
+this package can say; each leaf also inherits the built-in that means the same, so
+that code which knows nothing of this package still understands it.
+
+    DeferredSessionsError
+     ├── StoreError                    the host store cannot be used as asked
+     │    ├── UnsafeDirectoryError       (PermissionError)  not private, or not ours
+     │    ├── StoreUnavailableError      (OSError)          cannot be opened or made
+     │    ├── StoreMismatchError         (ValueError)       belongs to another project
+     │    └── StoreFullError             (OSError)          no room, even after eviction
+     ├── RecordCorruptError            (ValueError)       bytes that are not a record
+     ├── ServerUnavailableError        (ConnectionError)  PostgreSQL cannot be asked
+     ├── RowRefusedError               (ValueError)       PostgreSQL refused this data
+     │    └── RowLockedError             (TimeoutError)     somebody holds the row
+     └── SessionDeletedError           (LookupError)      deleted while it was in use
+
+The session engine itself raises Django's `CreateError` and `UpdateError`, because
+those are part of Django's contract.
+"""
+
+from __future__ import annotations
+
+
+class DeferredSessionsError(Exception):
+    """Root of all errors of this package."""
+
+
+class StoreError(DeferredSessionsError):
+    """The host store cannot be used as asked."""
+
+
+class UnsafeDirectoryError(StoreError, PermissionError):
+    """The directory is a link, belongs to somebody else, or is open to others."""
+
+
+class StoreUnavailableError(StoreError, OSError):
+    """The host store cannot be created or opened."""
+
+
+class StoreMismatchError(StoreError, ValueError):
+    """The host store in this directory belongs to another project or database."""
+
+
+class StoreFullError(StoreError, OSError):
+    """The host store has no room, even after eviction; nothing was changed."""
+
+
+class RecordCorruptError(DeferredSessionsError, ValueError):
+    """These bytes are not a record this version can read."""
+
+
+class ServerUnavailableError(DeferredSessionsError, ConnectionError):
+    """The session server cannot be asked now; it says nothing about any session."""
+
+
+class RowRefusedError(DeferredSessionsError, ValueError):
+    """The session server works, but refused the rows of this statement."""
+
+
+class RowLockedError(RowRefusedError, TimeoutError):
+    """A transaction of the application holds a row; nothing is wrong with the data."""
+
+
+class SessionDeletedError(DeferredSessionsError, LookupError):
+    """The session was deleted since it was loaded; it must not come back."""

@@ -1,0 +1,163 @@
+"""The flusher: due records -> session server -> clean.
+
+Called by the Celery task, `manage.py flushsessions`, and at the end of requests.
+Invariant: a run reports as written only what is committed, and never raises for what
+PostgreSQL does; the next run repeats what is left.
+
+Several flushers at once are harmless, because every write is guarded by version; on
+one node a lock keeps them from doing the same work twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Final
+
+from deferred_sessions.exceptions import ServerUnavailableError
+from deferred_sessions.flush_run import FlushRun
+from deferred_sessions.memory.counters import Counter, Counters
+from deferred_sessions.memory.locks import ProcessLock
+from deferred_sessions.memory.store import HostStore
+from deferred_sessions.memory.tables import Dirty
+from deferred_sessions.policy import NEVER, Policy
+from deferred_sessions.report import FlushReport
+from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.signals import session_flushed
+from deferred_sessions.writer import RecordWriter
+
+logger = logging.getLogger(__name__)
+
+NOTE: Final = "flush"  # the name under which the last report is left for the node
+
+
+class Flusher:
+    """Writes what is due to PostgreSQL."""
+
+    def __init__(
+        self,
+        *,
+        store: HostStore,
+        server: SessionServer,
+        writer: RecordWriter,
+        counters: Counters,
+        policy: Policy,
+        batch_size: int,
+    ) -> None:
+        self._store = store
+        self._server = server
+        self._writer = writer
+        self._counters = counters
+        self._policy = policy
+        self._batch_size = batch_size
+        self._lock = ProcessLock(store.directory / "flush.lock")
+
+    def flush_once(self, now: float, *, everything: bool = False) -> FlushReport:
+        """Write what is due at `now`, or everything that is dirty.
+
+        What it reports as written is committed in PostgreSQL. With `everything` it
+        waits for a flusher of this node that is at work; else it steps aside.
+        """
+        self._store.open()
+        with self._lock.held(wait=everything) as is_held:
+            if not is_held:
+                return FlushReport(at=now, skipped=True)
+            started = time.monotonic()
+            self._store.sweep(now)
+            report = replace(
+                self._flush(now, NEVER if everything else now),
+                seconds=time.monotonic() - started,
+                remaining=self._store.status().dirty,
+            )
+            self._store.set_note(NOTE, json.dumps(asdict(report)).encode())
+        self._announce(report)
+        return report
+
+    def flush_due(self, keys: Sequence[str], now: float) -> None:
+        """Write those of `keys` that are due, at the end of a request.
+
+        Never raises for PostgreSQL: the response is out, and the poller comes anyway.
+        """
+        due = [dirty for dirty in self._store.find_dirty(keys) if dirty.head.due_at <= now]
+        if due:
+            run = self._run(now)
+            with self._server.visit():
+                run.take(due)
+            if run.report.failure:
+                logger.warning(
+                    "The flush at the end of a request failed: %s",
+                    run.report.failure,
+                    extra={"action": "flush_failed"},
+                )
+
+    def clear_expired(self, now: float) -> None:
+        """Delete what has expired by `now`, in PostgreSQL and in memory.
+
+        Sessions that were extended in memory are due before their stored expiry, so a
+        flush first keeps them; without it nothing is deleted.
+
+        Raises:
+            ServerUnavailableError: PostgreSQL is away.
+        """
+        if self._store.exists():
+            report = self.flush_once(now, everything=True)
+            if report.failure:
+                raise ServerUnavailableError(report.failure)
+            self._store.forget_expired(now)
+        self._server.clear_expired(now)
+
+    def last_report(self) -> FlushReport | None:
+        """Return the report of the last run on this node, by any process, or None."""
+        note = self._store.note(NOTE)
+        return None if note is None else FlushReport(**json.loads(note))
+
+    def _flush(self, now: float, horizon: float) -> FlushReport:
+        run = self._run(now)
+        batches = self._batches(horizon)
+        batch = next(batches, None)
+        if batch is not None:
+            run.start_streaming()
+        while batch is not None and not run.report.failure:
+            run.take(batch)
+            batch = next(batches, None)
+        run.finish()
+        return run.report
+
+    def _batches(self, horizon: float) -> Iterator[Sequence[Dirty]]:
+        """Yield what is due, longest due first, each record once."""
+        after = b""
+        while batch := self._store.due(horizon, limit=self._batch_size, after=after):
+            after = max(dirty.entry for dirty in batch)
+            yield batch
+
+    def _run(self, now: float) -> FlushRun:
+        return FlushRun(
+            store=self._store,
+            server=self._server,
+            writer=self._writer,
+            counters=self._counters,
+            retry_locked_after=self._policy.interval,
+            now=now,
+        )
+
+    def _announce(self, report: FlushReport) -> None:
+        if report.failure:
+            self._counters.add(Counter.FLUSH_FAILURES)
+            logger.warning(
+                "Flush failed, %d sessions stay dirty: %s",
+                report.remaining,
+                report.failure,
+                extra={"action": "flush_failed"},
+            )
+        if report.rows:
+            self._counters.add(Counter.FLUSHES)
+            session_flushed.send_robust(sender=Flusher, report=report)
+            logger.info(
+                "Flushed %d sessions in %.3f s.",
+                report.rows,
+                report.seconds,
+                extra={"action": "flushed", **asdict(report)},
+            )

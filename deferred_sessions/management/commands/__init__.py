@@ -1,0 +1,3 @@
+"""The commands of this package, one file each."""
+
+from __future__ import annotations

@@ -1,0 +1,331 @@
+"""The host store: the records of one host, shared by all its processes.
+
+Called by `tiers`, `writer`, `flusher` and `statistics`. Invariant: each change is one
+write transaction that keeps a record and its place in the indexes together; when a
+call returns, the change outlives the death of any process (not of the host).
+
+Readers never wait. A transition that is passed in must be pure and quick: it runs
+inside the write transaction that all processes of the host queue for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple, TypeVar, TypeVarTuple
+
+import lmdb
+
+from deferred_sessions.exceptions import StoreFullError, StoreUnavailableError
+from deferred_sessions.lifecycle import TOMBSTONE_LIFETIME
+from deferred_sessions.memory import tables
+from deferred_sessions.memory.directory import PAGE
+from deferred_sessions.memory.environment import Databases, MappedFile
+from deferred_sessions.memory.tables import Change, Dirty, Transition
+from deferred_sessions.record import Head, SessionRecord, decode
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+Work = Callable[[lmdb.Transaction, Databases, *Ts], T]
+
+HIGH_WATER: Final = 0.85  # share of the map in use above which sessions are evicted
+FULL_WATER: Final = 0.92  # and above which nothing may grow: to remove takes pages, too
+LOOK_SHARE: Final = 1 / 1024  # of the map: how much a process writes between two looks
+BATCH: Final = 256  # records per transaction, so that other writers wait < 1 ms
+
+
+class StoreStatus(NamedTuple):
+    """The host store at a glance."""
+
+    records: int
+    """Sessions and tombstones held."""
+    dirty: int
+    """Records that PostgreSQL does not have as they are."""
+    size: int
+    """Bytes of the map."""
+    used: int
+    """Bytes of the map that hold something."""
+
+
+class HostStore:
+    """Records by session key, with an index by due time and one by last use.
+
+    The constructor does no I/O; the map is opened by the first use in each process.
+    """
+
+    def __init__(self, directory: Path, *, size: int, identity: str) -> None:
+        self.directory = directory
+        self.on_evicted: Callable[[int], object] = lambda _: None
+        """Called with a number after that many sessions were evicted."""
+        self._file = MappedFile(directory, size=size, identity=identity)
+        self._look_after = size * LOOK_SHARE
+        self._written = 0  # bytes, roughly, since the last look at the level of the map
+        self._may_grow = True
+
+    def exists(self) -> bool:
+        """Tell whether this host has a store already; never makes one."""
+        return self._file.exists()
+
+    def open(self) -> None:
+        """Map the store now instead of at the first use; makes it if there is none.
+
+        Raises:
+            UnsafeDirectoryError, StoreUnavailableError, StoreMismatchError: see there.
+        """
+        self._file.open()
+
+    def close(self) -> None:
+        """Unmap the store; the next use opens it again."""
+        self._file.close()
+
+    # Records
+
+    def get(self, key: str) -> SessionRecord | None:
+        """Return the record of `key`, also a tombstone or an expired one, or None."""
+        return self._read(tables.get, key)
+
+    def head(self, key: str) -> Head | None:
+        """Return the fixed part of the record of `key`, in half the time of `get`."""
+        return self._read(tables.head, key)
+
+    def update(self, key: str, transition: Transition) -> Change:
+        """Replace the record of `key` by what `transition` makes of it, atomically.
+
+        A transition that returns the same object, or None for None, writes nothing;
+        one that returns None for a record removes it.
+
+        Returns:
+            The record before and after.
+
+        Raises:
+            StoreFullError: No room, even after eviction; nothing was changed.
+        """
+        if not self._may_grow:
+            self._look()
+        change = self._write(tables.update, key, transition, self._may_grow)
+        if change[1] is not None:
+            self._written += PAGE + len(change[1].payload)
+            if self._written > self._look_after:
+                self._look()
+        return change
+
+    def update_many(self, transitions: Mapping[str, Transition]) -> None:
+        """Do `update` for many keys that PostgreSQL confirmed, some hundred at a time.
+
+        For what makes records smaller or cleaner: there is always room for that.
+        """
+        _in_parts(list(transitions.items()), lambda part: self._write(tables.update_many, part))
+
+    def clean_many(self, written: Sequence[Dirty], now: float) -> list[str]:
+        """Mark records as written at `now`, all that PostgreSQL lacked of them.
+
+        Returns:
+            The keys of the records that have changed since they were found; they are
+            left as they are.
+        """
+        others: list[str] = []
+        _in_parts(
+            written,
+            lambda part: others.extend(self._write(tables.clean_many, part, now)),
+        )
+        return others
+
+    def due(self, now: float, *, limit: int, after: bytes = b"") -> list[Dirty]:
+        """Return those `limit` records that have been due for longest, in order of keys.
+
+        Costs what it returns, not what is stored. `after` is the entry of the latest one
+        that the caller has seen already. A record that cannot be read is
+        taken out of the index, kept, and logged: it must not hold up the others.
+        """
+        found, unreadable = self._read(tables.due, now, limit, after)
+        if unreadable:
+            self._write(tables.take_out, unreadable)
+            logger.error(
+                "%d records of the session store cannot be read; they stay where they "
+                "are, but are not written to PostgreSQL.",
+                len(unreadable),
+                extra={"action": "records_unreadable"},
+            )
+        return found
+
+    def find_dirty(self, keys: Sequence[str]) -> list[Dirty]:
+        """Return those of `keys` that are dirty, due or not."""
+        return self._read(tables.find, keys)
+
+    def scan(self) -> Iterator[SessionRecord]:
+        """Yield all records by key, as they stood at one instant.
+
+        Holds a read snapshot meanwhile: nobody waits, but replaced pages are not
+        reused until it ends.
+        """
+        dbs = self._file.databases or self._file.open()
+        with dbs.env.begin(dbs.records) as txn:
+            for key, data in txn.cursor(dbs.records):
+                yield decode(key.decode(), data)
+
+    # Room
+
+    def evict(self, count: int) -> int:
+        """Remove up to `count` clean sessions, those not used for longest first.
+
+        Tombstones stay: they are what keeps a deleted session deleted.
+
+        Returns:
+            How many were removed; 0 if all that is left is dirty.
+        """
+        evicted = self._write(tables.evict, count)
+        self.on_evicted(evicted)
+        return evicted
+
+    def sweep(self, now: float, *, limit: int = 1000) -> int:
+        """Forget up to `limit` tombstones that have done their duty; return how many."""
+        return self._write(tables.sweep, now - TOMBSTONE_LIFETIME, limit)
+
+    def forget_expired(self, now: float) -> int:
+        """Remove the clean sessions that have expired by `now`; return how many.
+
+        Looks at every record, outside of any write transaction.
+        """
+
+        def transition(record: SessionRecord | None) -> SessionRecord | None:
+            if record is None or record.is_dirty or record.expires_at > now:
+                return record
+            return None
+
+        keys = [
+            record.key
+            for record in self.scan()
+            if not record.is_tombstone and transition(record) is None
+        ]
+        self.update_many(dict.fromkeys(keys, transition))
+        return len(keys)
+
+    def clear(self) -> None:
+        """Remove every record. For tests: what was dirty is lost."""
+        self._write(tables.clear)
+
+    def status(self) -> StoreStatus:
+        """Return the figures of the store; costs microseconds."""
+        return self._read(_status)
+
+    def oldest_change(self) -> float | None:
+        """Return the time of the oldest payload change PostgreSQL lacks, or None.
+
+        Looks at every dirty record's index entry, so it is for operators, not requests.
+        """
+        return self._read(tables.oldest_change)
+
+    # Notes
+
+    def note(self, name: str) -> bytes | None:
+        """Return what some process of this host noted under `name`, or None."""
+        return self._read(_note, name)
+
+    def set_note(self, name: str, value: bytes) -> None:
+        """Leave `value` under `name` for the processes of this host."""
+        self._write(_set_note, name, value)
+
+    # Transactions
+
+    def _read(self, work: Work[*Ts, T], *args: *Ts) -> T:
+        while True:
+            dbs = self._file.databases or self._file.open()
+            try:
+                return _transact(dbs, False, work, *args)
+            except lmdb.Error as error:
+                self._cure(dbs, error)
+
+    def _write(self, work: Work[*Ts, T], *args: *Ts) -> T:
+        has_made_room = False
+        while True:
+            dbs = self._file.databases or self._file.open()
+            try:
+                return _transact(dbs, True, work, *args)
+            except lmdb.MapFullError as error:
+                if has_made_room or not self._make_room():
+                    raise StoreFullError(tables.FULL) from error
+                has_made_room = True
+            except lmdb.Error as error:
+                self._cure(dbs, error)
+
+    def _cure(self, dbs: Databases, error: lmdb.Error) -> None:
+        """Return if trying again may help: closed for a fork, or readers were killed."""
+        # The traceback knows the transaction, and as long as anybody does, whoever
+        # closes the map waits for it: let go before waiting for the map ourselves.
+        error.with_traceback(None)
+        if self._file.databases is not dbs:
+            return
+        if isinstance(error, lmdb.ReadersFullError) and dbs.env.reader_check():
+            return
+        raise StoreUnavailableError(
+            f"The session store in {self.directory} failed: {error}"
+        ) from error
+
+    def _look(self) -> None:
+        """Look at the level of the map; evict a little if it is high, stop growth if full."""
+        self._written = 0
+        status = self.status()
+        if status.used > HIGH_WATER * status.size:
+            self._make_room()
+            status = self.status()
+        self._may_grow = status.used <= FULL_WATER * status.size
+
+    def _make_room(self) -> bool:
+        """Evict a batch of clean sessions; return whether anything was gained."""
+        dbs = self._file.databases or self._file.open()
+        gained = dbs.env.reader_check() > 0  # a killed reader pins replaced pages
+        batch = BATCH
+        while batch:
+            try:
+                evicted = _transact(dbs, True, tables.evict, batch)
+            except lmdb.MapFullError:
+                batch //= 4  # removing takes pages too: try fewer
+            except lmdb.Error as error:
+                self._cure(dbs, error)
+                dbs = self._file.open()
+            else:
+                self.on_evicted(evicted)
+                return evicted > 0 or gained
+        return gained
+
+
+def _in_parts(items: Sequence[T], work: Callable[[Sequence[T]], object]) -> None:
+    """Do `work` on parts of `items`; on smaller ones where the room for them is short."""
+    for start in range(0, len(items), BATCH):
+        part = items[start : start + BATCH]
+        try:
+            work(part)
+        except StoreFullError:
+            if len(part) == 1:
+                raise
+            middle = len(part) // 2
+            _in_parts(part[:middle], work)
+            _in_parts(part[middle:], work)
+
+
+def _transact(dbs: Databases, write: bool, work: Work[*Ts, T], *args: *Ts) -> T:
+    # By position (database, parent, write, buffers), because by name the arguments cost
+    # as much as a read.
+    with dbs.env.begin(dbs.records, None, write) as txn:
+        return work(txn, dbs, *args)
+
+
+def _status(txn: lmdb.Transaction, dbs: Databases) -> StoreStatus:
+    return StoreStatus(
+        records=txn.stat(dbs.records)["entries"],
+        dirty=txn.stat(dbs.due)["entries"],
+        size=dbs.env.info()["map_size"],
+        used=tables.used_pages(txn, dbs) * dbs.env.stat()["psize"],
+    )
+
+
+def _note(txn: lmdb.Transaction, dbs: Databases, name: str) -> bytes | None:
+    value = txn.get(name.encode(), db=dbs.notes)
+    return None if value is None else bytes(value)
+
+
+def _set_note(txn: lmdb.Transaction, dbs: Databases, name: str, value: bytes) -> None:
+    txn.put(name.encode(), value, db=dbs.notes)

@@ -1,0 +1,272 @@
+"""What one transaction does to the named databases of a host store.
+
+Called by `store`, always inside a transaction whose default database is `records`;
+the layout of the databases is known here alone. Invariant: every record stands in the
+index `used`, and a dirty one in the index `due` as well, under exactly the entries
+that its own fields say.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from itertools import islice
+from operator import itemgetter
+from typing import Final, NamedTuple
+
+import lmdb
+
+from deferred_sessions.exceptions import RecordCorruptError, StoreFullError
+from deferred_sessions.memory.environment import Databases
+from deferred_sessions.record import (
+    DIRTY,
+    TOMBSTONE,
+    Head,
+    SessionRecord,
+    decode,
+    decode_head,
+    encode,
+    encode_written,
+)
+
+Transition = Callable[[SessionRecord | None], SessionRecord | None]
+Change = tuple[SessionRecord | None, SessionRecord | None]
+
+FULL: Final = (
+    "The session store is full of changes that PostgreSQL does not have yet. Is the "
+    "flusher running? Otherwise raise DEFERRED_SESSIONS['STORE_SIZE']."
+)
+_DUE: Final = struct.Struct(">Q")  # microseconds; big-endian sorts by time
+_USED: Final = struct.Struct(">BQ")  # kind, microseconds
+_SINCE: Final = struct.Struct("<d")
+_TOMBSTONES, _SESSIONS = 0, 1  # kinds of the used index
+_FAR: Final = 1e12  # seconds
+_PATIENCE: Final = 8  # dirty sessions that eviction looks past for each it wants
+
+
+def get(txn: lmdb.Transaction, _dbs: Databases, key: str) -> SessionRecord | None:
+    """Return the record of `key`."""
+    data = txn.get(key.encode())
+    return None if data is None else decode(key, data)
+
+
+def head(txn: lmdb.Transaction, _dbs: Databases, key: str) -> Head | None:
+    """Return the fixed part of the record of `key`."""
+    data = txn.get(key.encode())
+    return None if data is None else decode_head(data)
+
+
+def update(
+    txn: lmdb.Transaction, dbs: Databases, key: str, transition: Transition, may_grow: bool
+) -> Change:
+    """Replace the record of `key` by what `transition` makes of it.
+
+    Raises:
+        StoreFullError: It would take more room than before, and must not.
+    """
+    name = key.encode()
+    data = txn.get(name)
+    before = None if data is None else decode(key, data)
+    after = transition(before)
+    if after is before:
+        return before, after
+    if after is None:
+        txn.delete(name)
+    else:
+        new_data = encode(after)
+        if not may_grow and (data is None or len(new_data) > len(data)):
+            raise StoreFullError(FULL)
+        txn.put(name, new_data)
+    if before is None or after is None or _has_moved(before, after):
+        _reindex(txn, dbs, before, after)
+    return before, after
+
+
+def update_many(
+    txn: lmdb.Transaction, dbs: Databases, transitions: Iterable[tuple[str, Transition]]
+) -> None:
+    """Do `update` for each key, in the order of the keys, which is that of the pages."""
+    for key, transition in sorted(transitions, key=itemgetter(0)):
+        update(txn, dbs, key, transition, True)
+
+
+class Dirty(NamedTuple):
+    """A dirty record as it was found, decoded only as far as has been needed."""
+
+    key: str
+    head: Head
+    data: bytes
+    """The record as it is stored."""
+    entry: bytes
+    """Its place in the due index."""
+
+    @classmethod
+    def of(cls, record: SessionRecord) -> Dirty:
+        """Return `record` as if it had been found."""
+        data = encode(record)
+        return cls(record.key, decode_head(data), data, _due_entry(record.due_at, record.key))
+
+    @property
+    def record(self) -> SessionRecord:
+        """The record, decoded."""
+        return decode(self.key, self.data)
+
+
+def due(
+    txn: lmdb.Transaction, dbs: Databases, now: float, limit: int, after: bytes
+) -> tuple[list[Dirty], list[bytes]]:
+    """Return up to `limit` records due at `now`, and the entries of unreadable ones.
+
+    Those that have been due for longest are chosen, and returned in order of their keys.
+    """
+    found: list[Dirty] = []
+    unreadable: list[bytes] = []
+    end = _DUE.pack(_microseconds(now)) + b"\xff"
+    entries = _entries(txn, dbs.due, after + b"\0", limit)
+    for entry in sorted(entries, key=itemgetter(slice(_DUE.size, None))):
+        if entry > end:
+            continue
+        name = entry[_DUE.size :]
+        data = bytes(txn.get(name, b""))
+        try:
+            found.append(Dirty(name.decode(), decode_head(data), data, entry))
+        except RecordCorruptError:
+            unreadable.append(entry)
+    return found, unreadable
+
+
+def find(txn: lmdb.Transaction, _dbs: Databases, keys: Iterable[str]) -> list[Dirty]:
+    """Return those of `keys` that are dirty."""
+    found: list[Dirty] = []
+    for key in keys:
+        data = bytes(txn.get(key.encode(), b""))
+        if data and (head := decode_head(data)).flags & DIRTY:
+            found.append(Dirty(key, head, data, _due_entry(head.due_at, key)))
+    return found
+
+
+def clean_many(
+    txn: lmdb.Transaction, dbs: Databases, written: Iterable[Dirty], now: float
+) -> list[str]:
+    """Mark records as written if they are still as they were found.
+
+    Returns the keys of the others, which are left alone.
+    """
+    others: list[str] = []
+    for key, head, data, entry in written:
+        name = key.encode()
+        if txn.get(name) != data:
+            others.append(key)
+            continue
+        txn.put(name, encode_written(data, head, now))
+        txn.delete(entry, b"", dbs.due)
+    return others
+
+
+def take_out(txn: lmdb.Transaction, dbs: Databases, entries: Iterable[bytes]) -> None:
+    """Remove entries from the due index, leaving their records."""
+    for entry in entries:
+        txn.delete(entry, db=dbs.due)
+
+
+def evict(txn: lmdb.Transaction, dbs: Databases, count: int) -> int:
+    """Remove up to `count` clean sessions, those not used for longest first."""
+    start = _USED.pack(_SESSIONS, 0)
+    candidates = _entries(txn, dbs.used, start, count * _PATIENCE)
+    return _forget(txn, dbs, candidates, count)
+
+
+def sweep(txn: lmdb.Transaction, dbs: Databases, before: float, count: int) -> int:
+    """Remove up to `count` clean tombstones that were buried before this time."""
+    end = _USED.pack(_TOMBSTONES, _microseconds(before))
+    candidates = _entries(txn, dbs.used, b"\0", count)
+    return _forget(txn, dbs, (entry for entry in candidates if entry < end), count)
+
+
+def clear(txn: lmdb.Transaction, dbs: Databases) -> None:
+    """Remove every record."""
+    for database in (dbs.records, dbs.due, dbs.used):
+        txn.drop(database, delete=False)
+
+
+def oldest_change(txn: lmdb.Transaction, dbs: Databases) -> float | None:
+    """Return the time of the oldest payload change among the dirty records."""
+    values = txn.cursor(dbs.due).iternext(keys=False)
+    return min((since for (since,) in map(_SINCE.unpack, values) if since), default=None)
+
+
+def used_pages(txn: lmdb.Transaction, dbs: Databases) -> int:
+    """Return how many pages of the map hold something."""
+    databases = (dbs.records, dbs.due, dbs.used, dbs.notes)
+    return sum(
+        stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        for stat in map(txn.stat, databases)
+    )
+
+
+def _has_moved(before: SessionRecord, after: SessionRecord) -> bool:
+    """Tell whether the two may have different places in the indexes."""
+    return (
+        before.flags != after.flags
+        or before.due_at != after.due_at
+        or before.changed_at != after.changed_at
+        or before.used_at != after.used_at
+    )
+
+
+def _reindex(
+    txn: lmdb.Transaction,
+    dbs: Databases,
+    before: SessionRecord | None,
+    after: SessionRecord | None,
+) -> None:
+    """Remove the index entries that `before` has, and make those that `after` has."""
+    if before is not None:
+        txn.delete(_used_entry(before), db=dbs.used)
+        if before.flags & DIRTY:
+            txn.delete(_due_entry(before.due_at, before.key), db=dbs.due)
+    if after is not None:
+        txn.put(_used_entry(after), b"", db=dbs.used)
+        if after.flags & DIRTY:
+            since = _SINCE.pack(after.changed_at)
+            txn.put(_due_entry(after.due_at, after.key), since, db=dbs.due)
+
+
+def _due_entry(due_at: float, key: str) -> bytes:
+    return _DUE.pack(_microseconds(due_at)) + key.encode()
+
+
+def _used_entry(record: SessionRecord) -> bytes:
+    kind = _TOMBSTONES if record.flags & TOMBSTONE else _SESSIONS
+    return _USED.pack(kind, _microseconds(record.used_at)) + record.key.encode()
+
+
+def _entries(
+    txn: lmdb.Transaction, database: lmdb._Database, start: bytes, count: int
+) -> list[bytes]:
+    """Return up to `count` entries of an index from `start` on."""
+    cursor = txn.cursor(database)
+    if not cursor.set_range(start):
+        return []
+    return [bytes(entry) for entry in islice(cursor.iternext(values=False), count)]
+
+
+def _forget(txn: lmdb.Transaction, dbs: Databases, candidates: Iterable[bytes], count: int) -> int:
+    """Remove the first `count` clean records among `candidates` of the used index."""
+    forgotten = 0
+    for entry in candidates:
+        name = entry[_USED.size :]
+        data = txn.get(name)
+        if data is not None and decode_head(data).flags & DIRTY:
+            continue
+        txn.delete(entry, db=dbs.used)
+        txn.delete(name)
+        forgotten += 1
+        if forgotten == count:
+            break
+    return forgotten
+
+
+def _microseconds(seconds: float) -> int:
+    """Return a time as the indexes have it; "never" is their last one."""
+    return max(0, int(seconds * 1_000_000)) if seconds < _FAR else 2**64 - 1

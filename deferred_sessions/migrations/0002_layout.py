@@ -1,0 +1,47 @@
+"""Lay the session table out for frequent small updates."""
+
+from __future__ import annotations
+
+from django.db import migrations
+
+# A flush rewrites rows in place (a HOT update) if their page has room for the new
+# version and no indexed column changed; vacuum must then come early and not dawdle.
+LAY_OUT = """
+    ALTER TABLE deferred_sessions_session SET (
+        fillfactor = 70,
+        autovacuum_vacuum_scale_factor = 0.02,
+        autovacuum_vacuum_threshold = 1000,
+        autovacuum_vacuum_cost_delay = 0,
+        toast.autovacuum_vacuum_scale_factor = 0.02,
+        toast.autovacuum_vacuum_threshold = 1000,
+        toast.autovacuum_vacuum_cost_delay = 0
+    )
+"""
+RESET = """
+    ALTER TABLE deferred_sessions_session RESET (
+        fillfactor,
+        autovacuum_vacuum_scale_factor,
+        autovacuum_vacuum_threshold,
+        autovacuum_vacuum_cost_delay,
+        toast.autovacuum_vacuum_scale_factor,
+        toast.autovacuum_vacuum_threshold,
+        toast.autovacuum_vacuum_cost_delay
+    )
+"""
+
+# Django makes a second index on a text key, for LIKE. With the collation "C" the primary
+# key serves that, too. It is made at the end of the migration that makes the table.
+DROP_LIKE_INDEX = """
+    DROP INDEX IF EXISTS deferred_sessions_session_session_key_bc49c915_like
+"""
+
+
+class Migration(migrations.Migration):
+    """Set the storage parameters; drop the index that nobody needs."""
+
+    dependencies = [("deferred_sessions", "0001_initial")]
+
+    operations = [
+        migrations.RunSQL(LAY_OUT, RESET),
+        migrations.RunSQL(DROP_LIKE_INDEX, migrations.RunSQL.noop),
+    ]

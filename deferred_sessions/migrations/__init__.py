@@ -1,0 +1,3 @@
+"""The schema of the session table, step by step."""
+
+from __future__ import annotations

@@ -1,0 +1,71 @@
+"""The session table: what PostgreSQL holds of a session.
+
+Read by people, the admin and Django's own tools; the package itself goes through
+`servers.sql`. Invariant: no index stands on a column that slides with every write,
+so that a flush is a HOT update that touches no index.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from django.contrib.sessions.base_session import AbstractBaseSession
+from django.db import models
+from django.db.models.functions import Now
+from django.utils.translation import gettext_lazy as _
+
+if TYPE_CHECKING:
+    from deferred_sessions.backend import SessionStore
+
+
+class Session(AbstractBaseSession):
+    """One session; `get_decoded()` returns its dictionary as of the last flush."""
+
+    # The first three are Django's, here again for what we change in them: the order of
+    # bytes needs no second index for LIKE, and the expiry has no index at all.
+    session_key = models.CharField(
+        _("session key"), max_length=40, primary_key=True, db_collation="C"
+    )
+    session_data = models.TextField(_("session data"))
+    expire_date = models.DateTimeField(_("expire date"))
+    expire_day = models.GeneratedField(
+        # Not TruncDate: a migration cannot express its time zone.
+        expression=models.Func(
+            "expire_date",
+            template="(%(expressions)s AT TIME ZONE 'UTC')::date",
+            output_field=models.DateField(),
+        ),
+        output_field=models.DateField(_("expire day")),
+        db_persist=True,
+        db_index=True,
+    )
+    version = models.BigIntegerField(
+        _("version"), default=1, db_default=1, help_text=_("Grows with each change.")
+    )
+    fence = models.BigIntegerField(
+        _("fence"),
+        default=0,
+        db_default=0,
+        help_text=_("Grows when another node may write; older writers are refused."),
+    )
+    owner = models.TextField(
+        _("owner"), null=True, editable=False, help_text=_("The node that wrote last.")
+    )
+    user_id = models.CharField(
+        _("user id"), max_length=255, null=True, help_text=_("Who is logged in, if anybody.")
+    )
+    created_at = models.DateTimeField(_("created at"), db_default=Now())
+    written_at = models.DateTimeField(_("written at"), db_default=Now())
+
+    class Meta(AbstractBaseSession.Meta):
+        """Names."""
+
+        abstract = False
+        db_table = "deferred_sessions_session"
+
+    @classmethod
+    def get_session_store_class(cls) -> type[SessionStore]:
+        """Return the engine that decodes `session_data`."""
+        from deferred_sessions.backend import SessionStore  # noqa: PLC0415 - circular
+
+        return SessionStore

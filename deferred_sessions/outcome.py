@@ -1,0 +1,89 @@
+"""What became of the records of a write, and what the host store is to make of it.
+
+Filled in by `writer`, reported by `flusher`. Invariant: every record of a batch ends
+up in exactly one of the lists, so that none is forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from deferred_sessions import lifecycle
+from deferred_sessions.memory.tables import Dirty, Transition
+from deferred_sessions.policy import Policy
+from deferred_sessions.record import SessionRecord
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The records of a write, by what became of them."""
+
+    inserted: Sequence[Dirty] = ()
+    updated: Sequence[Dirty] = ()
+    touched: Sequence[Dirty] = ()
+    deleted: Sequence[Dirty] = ()
+    repeated: list[tuple[Dirty, int]] = field(default_factory=list)
+    """Had been written before, by an attempt that did not live to say so; with the
+    version that PostgreSQL has."""
+    vanished: list[Dirty] = field(default_factory=list)
+    """Deleted in PostgreSQL by somebody else; to be deleted here."""
+    superseded: list[Dirty] = field(default_factory=list)
+    """Newer in PostgreSQL, written by somebody else; to be forgotten here."""
+    outdated: list[Dirty] = field(default_factory=list)
+    """Older in PostgreSQL than it had confirmed; to be written again in full."""
+
+    @property
+    def written(self) -> list[Dirty]:
+        """What PostgreSQL has now as it was sent."""
+        return [*self.inserted, *self.updated, *self.touched]
+
+    @property
+    def rows(self) -> int:
+        """Rows that were inserted, updated or deleted."""
+        return sum(map(len, (self.inserted, self.updated, self.touched, self.deleted)))
+
+    def transitions(
+        self, *, changed_since: Collection[str], now: float, policy: Policy
+    ) -> dict[str, Transition]:
+        """Return how to mark what cannot just be marked as clean."""
+        marks: dict[str, Transition] = {}
+        if changed_since:
+            for key, head, _, _ in self.written:
+                if key in changed_since:
+                    marks[key] = partial(_written, head.version, head.expires_at, now, policy)
+        for dirty, version in self.repeated:
+            marks[dirty.key] = partial(_written, version, dirty.head.expires_at, now, policy)
+        for dirty in (*self.deleted, *self.vanished):
+            marks[dirty.key] = partial(_deleted, dirty.key, now, policy)
+        for dirty in self.superseded:
+            marks[dirty.key] = partial(_superseded, dirty.head.version)
+        for dirty in self.outdated:
+            marks[dirty.key] = partial(_outdated, now)
+        return marks
+
+
+def _written(
+    version: int, expires_at: float, now: float, policy: Policy, record: SessionRecord | None
+) -> SessionRecord | None:
+    if record is None:
+        return None
+    return lifecycle.written(record, version=version, expires_at=expires_at, now=now, policy=policy)
+
+
+def _deleted(key: str, now: float, policy: Policy, record: SessionRecord | None) -> SessionRecord:
+    return lifecycle.buried(lifecycle.deleted(record, key, now=now, policy=policy), now=now)
+
+
+def _superseded(version: int, record: SessionRecord | None) -> SessionRecord | None:
+    """Forget our version, so that the next load reads theirs; keep what came after."""
+    if record is None or record.is_tombstone or record.version > version:
+        return record
+    return None
+
+
+def _outdated(now: float, record: SessionRecord | None) -> SessionRecord | None:
+    if record is None or record.is_tombstone:
+        return record
+    return lifecycle.forgotten(record, now=now)

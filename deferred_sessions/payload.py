@@ -1,0 +1,259 @@
+"""Between a session dictionary and its payload, the bytes that memory keeps.
+
+Called by `backend` and `tiers`. A `Snapshot` is a session as it was at one payload;
+processes keep snapshots in their cache and share them between requests. Invariants: a
+snapshot is never handed out, only copies of it; and what a codec encodes is, byte for
+byte, what SESSION_SERIALIZER would have made.
+
+Sessions are small changes to the same few keys, again and again. So for Django's own
+JSON serializer a save encodes only the keys that changed, and a load copies without
+decoding. Scalars are immutable and may be shared; nested values are copied and
+compared as `marshal` bytes, which is exact (`==` is not: 1 == True) and faster than
+anything else in the standard library. Those bytes never leave the process's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import marshal
+from collections.abc import Iterable
+from itertools import compress
+from json.encoder import encode_basestring_ascii
+from operator import is_not
+from typing import Any, Final, Protocol
+
+from django.contrib.sessions.serializers import JSONSerializer
+
+logger = logging.getLogger(__name__)
+
+Session = dict[str, Any]
+
+_SCALARS: Final = frozenset({str, int, float, bool, type(None)})
+_TEXT: Final = frozenset({str})
+_MISSING: Final = object()
+_NESTED: Final = object()
+_MARSHAL: Final = 2  # no references and no interning: equal values make equal bytes
+_loaded: Final = marshal.loads
+_encode_value: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Serializer(Protocol):
+    """What SESSION_SERIALIZER names."""
+
+    def dumps(self, obj: Any) -> bytes:
+        """Return `obj` as bytes."""
+
+    def loads(self, data: bytes) -> Any:
+        """Return what `dumps` was given."""
+
+
+class Snapshot(Protocol):
+    """A session at one payload. Shared by requests, therefore never changed."""
+
+    payload: bytes
+
+    def copy(self) -> Session:
+        """Return a session that belongs to the caller alone."""
+
+    def changed_to(self, session: Session) -> tuple[Snapshot, Iterable[str]]:
+        """Return the snapshot of `session`, and the keys in which the two differ.
+
+        Returns this snapshot itself if `session` is exactly as it is here. Raises
+        whatever the serializer raises; nothing is changed then.
+        """
+
+
+class Codec(Protocol):
+    """Makes snapshots."""
+
+    def decode(self, payload: bytes) -> Snapshot:
+        """Return the snapshot of `payload`; of an empty session if it is unreadable."""
+
+    def encode(self, session: Session) -> Snapshot:
+        """Return the snapshot of `session`; raises whatever the serializer raises."""
+
+
+def codec_for(serializer: type[Serializer]) -> Codec:
+    """Return the codec for the class that SESSION_SERIALIZER names."""
+    return JsonCodec() if serializer is JSONSerializer else SerializerCodec(serializer)
+
+
+class SerializerCodec:
+    """Encodes and decodes with any serializer, as a whole."""
+
+    def __init__(self, serializer: type[Serializer]) -> None:
+        self._serializer = serializer
+
+    def decode(self, payload: bytes) -> Snapshot:
+        """See `Codec`."""
+        return _SerializerSnapshot(payload, self._serializer)
+
+    def encode(self, session: Session) -> Snapshot:
+        """See `Codec`."""
+        return _SerializerSnapshot(self._serializer().dumps(session), self._serializer)
+
+
+class _SerializerSnapshot:
+    """Decodes for each copy: nothing is known about what the serializer makes."""
+
+    __slots__ = ("_serializer", "payload")
+
+    def __init__(self, payload: bytes, serializer: type[Serializer]) -> None:
+        self.payload = payload
+        self._serializer = serializer
+
+    def copy(self) -> Session:
+        return _readable(self._serializer, self.payload)
+
+    def changed_to(self, session: Session) -> tuple[Snapshot, Iterable[str]]:
+        payload = self._serializer().dumps(session)
+        if payload == self.payload:
+            return self, ()
+        return _SerializerSnapshot(payload, self._serializer), _different(self.copy(), session)
+
+
+class JsonCodec:
+    """Does what Django's JSONSerializer does, key by key where that is faster."""
+
+    def decode(self, payload: bytes) -> Snapshot:
+        """See `Codec`."""
+        return _JsonSnapshot(payload)
+
+    def encode(self, session: Session) -> Snapshot:
+        """See `Codec`."""
+        return _JsonSnapshot(JSONSerializer().dumps(session), is_own=True)
+
+
+class _JsonSnapshot:
+    """A session taken apart by key, as soon as that is needed."""
+
+    __slots__ = ("_fragments", "_nested", "_nested_keys", "_values", "is_own", "payload")
+
+    def __init__(self, payload: bytes, *, is_own: bool = False) -> None:
+        self.payload = payload
+        self.is_own = is_own
+        """This process made the payload, so it may well make the next one, too."""
+        self._values: Session | None = None
+        """All keys, in order; scalars are shared, for others `_NESTED` stands in."""
+        self._nested_keys: dict[str, None] = {}
+        """The keys of the values that are not scalars, in order."""
+        self._nested = b""
+        """The list of those values, marshalled."""
+        self._fragments: dict[str, str] = {}
+        """The text of all keys and values as it stands in the payload, if known."""
+
+    def copy(self) -> Session:
+        session = (self._values or self._take_apart()).copy()
+        if self._nested:
+            session.update(zip(self._nested_keys, _loaded(self._nested)))  # noqa: B905
+        return session
+
+    def changed_to(self, session: Session) -> tuple[Snapshot, Iterable[str]]:
+        values, known = self._values or self._take_apart(), self._fragments
+        has_same_keys = list(session) == list(values)
+        changed = self._changed_keys(session, values, has_same_keys=has_same_keys)
+        if has_same_keys and not changed:
+            return self, ()
+        if not self.is_own or not _TEXT.issuperset(map(type, session)):
+            # Taking a payload apart pays only for a session that this process goes on
+            # writing; and a key that is no string becomes one in JSON.
+            after = _JsonSnapshot(JSONSerializer().dumps(session), is_own=True)
+            return after, _with_removed(changed, session, values)
+        if known and has_same_keys:
+            fragments = known.copy()
+        else:
+            fragments = {key: known.get(key, "") for key in session}
+        for key in changed if known else session:
+            fragments[key] = _fragment(key, session[key])
+        after = _JsonSnapshot(f"{{{','.join(fragments.values())}}}".encode("latin-1"), is_own=True)
+        after._fragments = fragments
+        if has_same_keys and self._are_scalars(session, changed):
+            after._nested, after._nested_keys = self._nested, self._nested_keys
+            after._values = values.copy()
+            for key in changed:
+                after._values[key] = session[key]
+            return after, changed
+        old = self.copy()
+        renewed = {key: json.loads(f"{{{fragments[key]}}}")[key] for key in changed}
+        after._set_values({key: renewed.get(key, old.get(key)) for key in session})
+        return after, _with_removed(changed, session, values)
+
+    def _changed_keys(self, session: Session, values: Session, *, has_same_keys: bool) -> list[str]:
+        """Return the keys of `session` whose value is not exactly the one here."""
+        if has_same_keys:  # at the speed of C
+            suspects = list(compress(session, map(is_not, session.values(), values.values())))
+        else:
+            suspects = [k for k, v in session.items() if v is not values.get(k, _MISSING)]
+        nested = self._nested_keys
+        if not nested:
+            return suspects
+        if _marshalled([*map(session.get, nested)]) == self._nested:
+            return [key for key in suspects if key not in nested]
+        old = dict(zip(nested, _loaded(self._nested), strict=True))
+        return [
+            key
+            for key in suspects
+            if key not in old or _marshalled(session[key]) != _marshalled(old[key])
+        ]
+
+    def _are_scalars(self, session: Session, keys: Iterable[str]) -> bool:
+        """Tell whether the values of `keys` are scalars, here as well as in `session`."""
+        for key in keys:
+            if key in self._nested_keys or type(session[key]) not in _SCALARS:
+                return False
+        return True
+
+    def _take_apart(self) -> Session:
+        if self._values is None:
+            return self._set_values(_readable(JSONSerializer, self.payload))
+        return self._values
+
+    def _set_values(self, values: Session) -> Session:
+        """Keep `values`, which must be decoded ones: JSON makes lists of tuples."""
+        nested = {key: value for key, value in values.items() if type(value) not in _SCALARS}
+        self._nested_keys = dict.fromkeys(nested)
+        self._nested = marshal.dumps(list(nested.values()), _MARSHAL) if nested else b""
+        self._values = {**values, **dict.fromkeys(nested, _NESTED)}
+        return self._values
+
+
+def _with_removed(changed: list[str], session: Session, values: Session) -> Iterable[str]:
+    return [*changed, *(key for key in values if key not in session)]
+
+
+def _different(old: Session, new: Session) -> Iterable[str]:
+    """Return the keys whose values are not equal, or that only one of both has."""
+    keys = {**old, **new}
+    return [key for key in keys if old.get(key, _MISSING) != new.get(key, _MISSING)]
+
+
+def _marshalled(value: Any) -> bytes | None:
+    """Return bytes that are equal for exactly equal plain values; None for others."""
+    try:
+        return marshal.dumps(value, _MARSHAL)
+    except ValueError:
+        return None
+
+
+def _fragment(key: str, value: Any) -> str:
+    """Return the JSON text of one item of an object."""
+    text = repr(value) if type(value) is int else _encode_value(value)
+    return f"{encode_basestring_ascii(key)}:{text}"
+
+
+def _readable(serializer: type[Serializer], payload: bytes) -> Session:
+    """Return the session in `payload`; {} if it cannot be read, as Django does."""
+    if not payload:
+        return {}
+    try:
+        session = serializer().loads(payload)
+    except Exception:  # a serializer may raise anything
+        logger.warning(
+            "A session in memory cannot be decoded by %s; it is taken as empty.",
+            serializer.__qualname__,
+            exc_info=True,
+            extra={"action": "session_undecodable"},
+        )
+        return {}
+    return session if isinstance(session, dict) else {}

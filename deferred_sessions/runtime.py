@@ -1,0 +1,145 @@
+"""Builds the parts once per process, on first use.
+
+Called by every face of the package. This is the only module that constructs the
+parts; they get plain arguments and never look at settings themselves. Invariant: a
+process has at most one runtime, and a changed setting makes a new one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from django.core.signals import setting_changed
+
+from deferred_sessions.conf import (
+    NAME,
+    Settings,
+    get_settings,
+    session_serializer,
+    store_identity,
+)
+from deferred_sessions.encoding import RowEncoder
+from deferred_sessions.flusher import Flusher
+from deferred_sessions.memory.cache import SessionCache
+from deferred_sessions.memory.counters import Counter, Counters
+from deferred_sessions.memory.directory import default_directory
+from deferred_sessions.memory.store import HostStore
+from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
+from deferred_sessions.request_end import RequestEnd
+from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.statistics import StatisticsReader
+from deferred_sessions.tiers import Tiers
+from deferred_sessions.writer import RecordWriter
+
+_built: list[Runtime] = []  # at most one; appending is atomic, so no lock is needed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """The parts of one process, wired together."""
+
+    settings: Settings
+    urgent_keys: frozenset[str]
+    """Session keys whose change does not wait for the flusher."""
+    store: HostStore
+    codec: Codec
+    cache: SessionCache[Snapshot]
+    counters: Counters
+    tiers: Tiers
+    flusher: Flusher
+    request_end: RequestEnd
+    statistics: StatisticsReader
+
+    def close(self) -> None:
+        """Unmap what is mapped; the next use of a part maps it again."""
+        self.store.close()
+        self.counters.close()
+
+
+def get_runtime() -> Runtime:
+    """Return the runtime of this process; build it if there is none. Does no I/O.
+
+    Raises:
+        ImproperlyConfigured: The settings have problems; the message lists them.
+    """
+    if not _built:  # two threads may both build; the first to append wins
+        _built.append(build_runtime(get_settings(), store_identity(), session_serializer()))
+    return _built[0]
+
+
+def current_runtime() -> Runtime | None:
+    """Return the runtime of this process if anything has used one yet."""
+    return _built[0] if _built else None
+
+
+def reset_runtime() -> None:
+    """Forget the runtime, so that the next use builds one from the settings of then."""
+    while _built:
+        _built.pop().close()
+
+
+def build_runtime(settings: Settings, identity: str, serializer: type[Serializer]) -> Runtime:
+    """Wire the parts for these settings; does no I/O."""
+    directory = settings.directory or default_directory(identity)
+    policy = settings.policy
+    store = HostStore(directory, size=settings.store_size, identity=identity)
+    codec = codec_for(serializer)
+    cache: SessionCache[Snapshot] = SessionCache(settings.cache_size)
+    counters = Counters(directory)
+    store.on_evicted = partial(counters.add, Counter.EVICTIONS)
+    server = SessionServer(settings.server, owner=_node(directory))
+    encoder = RowEncoder()
+    writer = RecordWriter(store, server, encoder, counters, policy)
+    flusher = Flusher(
+        store=store,
+        server=server,
+        writer=writer,
+        counters=counters,
+        policy=policy,
+        batch_size=settings.batch_size,
+    )
+    return Runtime(
+        settings=settings,
+        urgent_keys=frozenset(settings.write_through_keys),
+        store=store,
+        codec=codec,
+        cache=cache,
+        counters=counters,
+        flusher=flusher,
+        tiers=Tiers(
+            store=store,
+            cache=cache,
+            codec=codec,
+            server=server,
+            writer=writer,
+            encoder=encoder,
+            counters=counters,
+            policy=policy,
+            write_on_create=settings.write_on_create,
+            create_when_down=settings.create_when_down,
+        ),
+        request_end=RequestEnd(
+            store=store,
+            flusher=flusher,
+            counters=counters,
+            policy=policy,
+            flush=settings.flush_at_request_end,
+        ),
+        statistics=StatisticsReader(store=store, counters=counters, flusher=flusher),
+    )
+
+
+def _node(directory: Path) -> str:
+    """Return the name of this node: its host and its directory, in 64 characters."""
+    return f"{os.uname().nodename}:{directory.name}"[-64:]
+
+
+def _on_setting_changed(*, setting: str, **_: object) -> None:
+    if setting in (NAME, "SECRET_KEY", "SESSION_SERIALIZER", "DATABASES", "ROOT_URLCONF"):
+        reset_runtime()
+
+
+setting_changed.connect(_on_setting_changed, dispatch_uid="deferred_sessions.runtime")

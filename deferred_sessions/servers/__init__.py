@@ -1,0 +1,1 @@
+"""The session servers: PostgreSQL, behind Django's connections. No memory wing."""

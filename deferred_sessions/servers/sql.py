@@ -1,0 +1,110 @@
+"""Every statement this package sends to PostgreSQL, each with its purpose.
+
+Used by `server` alone. Invariant: a deferred write is an UPDATE guarded by version
+and fence, never an upsert; a row that somebody deleted does not come back. All
+statements are single and set-based, so that one row and a thousand cost one trip; the
+writing ones return a count, because nearly always it says that all rows were taken.
+
+`%b` asks psycopg for binary parameters, which halves the cost of long arrays
+(Django's own cursor takes it as `%s`). Times travel as Unix seconds, so that neither
+USE_TZ nor the connection's time zone matters.
+"""
+
+from __future__ import annotations
+
+from typing import Final, LiteralString
+
+READ: Final[LiteralString] = """
+    SELECT session_data, extract(epoch FROM expire_date)::float8, version, fence,
+           user_id, extract(epoch FROM created_at)::float8,
+           extract(epoch FROM written_at)::float8
+      FROM deferred_sessions_session
+     WHERE session_key = %b
+"""
+"""One session, expired or not: the caller knows what time it is."""
+
+EXISTS: Final[LiteralString] = """
+    SELECT 1
+      FROM deferred_sessions_session
+     WHERE session_key = %b AND expire_date > to_timestamp(%b::float8)
+"""
+"""Whether a live session has this key."""
+
+INSERT: Final[LiteralString] = """
+    INSERT INTO deferred_sessions_session
+           (session_key, session_data, expire_date, version, fence, user_id, created_at,
+            owner, written_at)
+    SELECT key, data, to_timestamp(expires_at), version, fence, nullif(user_id, ''),
+           to_timestamp(created_at), %b, to_timestamp(%b::float8)
+      FROM unnest(%b::text[], %b::text[], %b::float8[], %b::int8[], %b::int8[],
+                  %b::text[], %b::float8[])
+           AS new (key, data, expires_at, version, fence, user_id, created_at)
+        ON CONFLICT (session_key) DO NOTHING
+"""
+"""Create sessions; a key that is taken is not changed and not counted."""
+
+UPDATE: Final[LiteralString] = """
+    UPDATE deferred_sessions_session AS stored
+       SET session_data = new.data, expire_date = to_timestamp(new.expires_at),
+           version = new.version, fence = new.fence, user_id = nullif(new.user_id, ''),
+           owner = %b, written_at = to_timestamp(%b::float8)
+      FROM unnest(%b::text[], %b::text[], %b::float8[], %b::int8[], %b::int8[], %b::text[])
+           AS new (key, data, expires_at, version, fence, user_id)
+     WHERE stored.session_key = new.key
+       AND stored.version < new.version
+       AND stored.fence <= new.fence
+"""
+"""Write changed sessions. Not counted: deleted, newer, or fenced; ask STATES."""
+
+UPDATE_ALONE: Final[LiteralString] = (
+    UPDATE + "       AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL"
+)
+"""UPDATE as a transaction of its own, which gives up on rows that others hold."""
+
+TOUCH: Final[LiteralString] = """
+    UPDATE deferred_sessions_session AS stored
+       SET expire_date = to_timestamp(new.expires_at), owner = %b,
+           written_at = to_timestamp(%b::float8)
+      FROM unnest(%b::text[], %b::float8[], %b::int8[], %b::int8[])
+           AS new (key, expires_at, version, fence)
+     WHERE stored.session_key = new.key
+       AND stored.version = new.version
+       AND stored.fence <= new.fence
+"""
+"""Write the expiry of sessions whose data PostgreSQL has already."""
+
+DELETE: Final[LiteralString] = """
+    DELETE FROM deferred_sessions_session
+     WHERE session_key = ANY(%b::text[])
+"""
+"""Delete sessions; those that are not there are fine."""
+
+STATES: Final[LiteralString] = """
+    SELECT session_key, version, fence, coalesce(owner, '')
+      FROM deferred_sessions_session
+     WHERE session_key = ANY(%b::text[])
+"""
+"""Why a guarded write did not take these keys."""
+
+UNLOCKED: Final[LiteralString] = """
+    SELECT session_key
+      FROM deferred_sessions_session
+     WHERE session_key = ANY(%b::text[])
+       FOR NO KEY UPDATE SKIP LOCKED
+"""
+"""Which of these rows no transaction holds."""
+
+CLEAR_EXPIRED: Final[LiteralString] = """
+    DELETE FROM deferred_sessions_session
+     WHERE session_key IN (
+           SELECT session_key
+             FROM deferred_sessions_session
+            WHERE expire_day <= (to_timestamp(%b::float8) AT TIME ZONE 'UTC')::date
+              AND expire_date < to_timestamp(%b::float8)
+            LIMIT %b::int8
+              FOR UPDATE SKIP LOCKED)
+"""
+"""Delete a batch of expired sessions: the coarse day is indexed, the exact time is not."""
+
+LOCK_TIMEOUT: Final[LiteralString] = "SELECT set_config('lock_timeout', %b, true)"
+"""Give up on rows an application transaction holds, for this transaction only."""

@@ -1,0 +1,83 @@
+"""Sends a statement and leaves the caller free until PostgreSQL is done with it.
+
+Used by the flusher through `server`: while PostgreSQL works on one batch, the flusher
+marks the batch before and encodes the one after. Invariant: at most one statement is
+under way, and its results are read to the end before anything else is sent.
+
+psycopg's cursors wait for the result, and its pipeline mode waits at each sync; so
+this goes through libpq, as psycopg exposes it for such uses:
+https://www.psycopg.org/psycopg3/docs/api/pq.html
+"""
+
+from __future__ import annotations
+
+import re
+import select
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, Final, LiteralString
+
+import psycopg
+from psycopg.adapt import PyFormat, Transformer
+
+READ: Final = select.POLLIN
+READ_OR_WRITE: Final = select.POLLIN | select.POLLOUT
+
+
+class StatementStream:
+    """Repeats one writing statement with different parameters.
+
+    The connection must be in autocommit mode and outside of a transaction: each
+    statement then commits by itself.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any], statement: LiteralString) -> None:
+        numbers = count(1)
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self._transformer = Transformer(connection)
+        self._statement = re.sub("%b", lambda _: f"${next(numbers)}", statement).encode()
+
+    def send(self, parameters: Sequence[Any]) -> None:
+        """Hand the statement over; returns when PostgreSQL has it, not when it is done."""
+        dumpers = [self._transformer.get_dumper(value, PyFormat.BINARY) for value in parameters]
+        values = [dumper.dump(value) for dumper, value in zip(dumpers, parameters, strict=True)]
+        self._pgconn.send_query_params(
+            self._statement,
+            values,
+            param_types=[dumper.oid for dumper in dumpers],
+            param_formats=[dumper.format for dumper in dumpers],
+        )
+        try:
+            while self._pgconn.flush():
+                self._wait_for(READ_OR_WRITE)
+                self._pgconn.consume_input()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def rows(self) -> int:
+        """Wait for the statement that was sent, and return how many rows it wrote.
+
+        What it wrote is committed. 0 also if it failed: whoever wants to know why may
+        repeat it through a cursor. If the wait is interrupted or the connection breaks,
+        the connection is closed, because nobody could tell what comes next on it.
+        """
+        rows = 0
+        try:
+            while True:
+                while self._pgconn.is_busy():
+                    self._wait_for(READ)
+                    self._pgconn.consume_input()
+                result = self._pgconn.get_result()
+                if result is None:
+                    return rows
+                rows += result.command_tuples or 0
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _wait_for(self, events: int) -> None:
+        poll = select.poll()
+        poll.register(self._pgconn.socket, events)
+        poll.poll()

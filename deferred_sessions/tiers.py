@@ -1,0 +1,383 @@
+"""A session through the tiers: process cache, host store, session server.
+
+Called by `backend`. Each operation comes in two halves, so that async code can do
+the first without leaving the event loop and the second in a thread:
+
+    memory only, microseconds          may ask PostgreSQL
+    recall ──── UNKNOWN ──────────────▶ fetch
+    remember ── a Saving ─────────────▶ settle
+
+Invariant: a failure of PostgreSQL raises; it never looks like "no such session".
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from enum import Enum, auto
+from functools import partial
+from typing import Final, Literal, NamedTuple
+
+from deferred_sessions import lifecycle
+from deferred_sessions.encoding import RowEncoder
+from deferred_sessions.exceptions import (
+    RecordCorruptError,
+    RowRefusedError,
+    ServerUnavailableError,
+    SessionDeletedError,
+    StoreFullError,
+)
+from deferred_sessions.memory.cache import SessionCache
+from deferred_sessions.memory.counters import Counter, Counters
+from deferred_sessions.memory.store import HostStore
+from deferred_sessions.memory.tables import Dirty
+from deferred_sessions.payload import Codec, Snapshot
+from deferred_sessions.policy import Policy
+from deferred_sessions.record import TOMBSTONE, SessionRecord
+from deferred_sessions.servers.server import Row, SessionServer
+from deferred_sessions.writer import RecordWriter
+
+logger = logging.getLogger(__name__)
+security_logger = logging.getLogger("django.security.SuspiciousSession")  # as Django does
+
+ATTEMPTS: Final = 5  # at saving a session that keeps being evicted meanwhile
+DELETED: Final = "The session was deleted before it was saved."
+
+
+class Memory(Enum):
+    """What memory says when it cannot say anything."""
+
+    UNKNOWN = auto()
+    """Memory knows nothing of this session; PostgreSQL may."""
+
+
+class Rest(Enum):
+    """What is left to do for a save that memory alone could not finish."""
+
+    WRITE = auto()
+    """Saved in memory, but PostgreSQL must have it before the request goes on."""
+    ASK = auto()
+    """Not in memory: PostgreSQL has to be asked whether the session still exists."""
+    BYPASS = auto()
+    """No room in memory: the save has to go straight to PostgreSQL."""
+
+
+class Saving(NamedTuple):
+    """A save that memory alone could not finish."""
+
+    rest: Rest
+    key: str
+    snapshot: Snapshot
+    user_id: str
+    expires_at: float
+    is_urgent: bool
+    record: SessionRecord | None = None
+    """What memory holds now, if it was saved there."""
+
+
+class Tiers:
+    """Load, save, create and delete sessions, from memory where possible."""
+
+    def __init__(
+        self,
+        *,
+        store: HostStore,
+        cache: SessionCache[Snapshot],
+        codec: Codec,
+        server: SessionServer,
+        writer: RecordWriter,
+        encoder: RowEncoder,
+        counters: Counters,
+        policy: Policy,
+        write_on_create: bool,
+        create_when_down: bool,
+    ) -> None:
+        self._store = store
+        self._cache = cache
+        self._codec = codec
+        self._server = server
+        self._writer = writer
+        self._encoder = encoder
+        self._counters = counters
+        self._policy = policy
+        self._write_on_create = write_on_create
+        self._create_when_down = create_when_down
+
+    # Load
+
+    def recall(self, key: str, now: float) -> Snapshot | Literal[Memory.UNKNOWN] | None:
+        """Return the session of `key` from memory; None if it is known to be gone.
+
+        The snapshot is shared with other requests: copy it.
+        """
+        head = self._store.head(key)
+        if head is None:
+            return Memory.UNKNOWN
+        if head.flags & TOMBSTONE or head.expires_at <= now:
+            return None
+        self._counters.add(Counter.LOADS)
+        if now - head.used_at >= lifecycle.USE_GRAIN:
+            self._note_use(key, now)
+        return self._cache.get(key, head.version) or self._decoded(key)
+
+    def fetch(self, key: str, now: float) -> Snapshot | None:
+        """Return the session of `key` from PostgreSQL, and keep it in memory.
+
+        Returns None if there is none, or it has expired.
+
+        Raises:
+            ServerUnavailableError: Nothing is known about the session.
+        """
+        self._counters.add(Counter.MISSES)
+        row = self._server.read(key)
+        if row is None or row.expires_at <= now:
+            return None
+        record = self._keep(self._record(row, now))
+        if record.is_tombstone:
+            return None
+        return self._codec.decode(record.payload)
+
+    def exists(self, key: str, now: float) -> bool | None:
+        """Tell whether `key` is a live session; None if memory does not know."""
+        record = self._store.get(key)
+        if record is None:
+            return None
+        return not record.is_tombstone and record.expires_at > now
+
+    def exists_in_server(self, key: str, now: float) -> bool:
+        """Tell whether PostgreSQL has a live session of this `key`.
+
+        Raises:
+            ServerUnavailableError: Nothing is known about the session.
+        """
+        return self._server.exists(key, now)
+
+    # Save
+
+    def remember(
+        self,
+        key: str,
+        snapshot: Snapshot,
+        user_id: str,
+        expires_at: float,
+        now: float,
+        *,
+        is_urgent: bool,
+    ) -> Saving | None:
+        """Save in memory, where all processes of the host see it at once.
+
+        A change that `is_urgent` must not wait for the flusher: login, logout, expiry.
+
+        Returns:
+            None if that was all; else what `settle` is to do.
+
+        Raises:
+            SessionDeletedError: The session was deleted meanwhile; nothing is changed.
+        """
+        payload, policy = snapshot.payload, self._policy
+
+        def transition(record: SessionRecord | None) -> SessionRecord | None:
+            if record is None or record.flags & TOMBSTONE:
+                return record
+            return lifecycle.saved(record, payload, user_id, expires_at, now, policy)
+
+        try:
+            before, after = self._store.update(key, transition)
+        except StoreFullError:
+            return Saving(Rest.BYPASS, key, snapshot, user_id, expires_at, is_urgent)
+        if before is None or after is None:
+            return Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent)
+        if after.flags & TOMBSTONE:
+            raise SessionDeletedError(DELETED)
+        if after.version == before.version:
+            self._counters.add(Counter.TOUCHES)
+            is_urgent = False
+        else:
+            self._counters.add(Counter.UPDATES)
+            self._cache.put(key, after.version, snapshot)
+        if is_urgent or (
+            after.stored_expires_at - now < policy.interval
+            and policy.cannot_wait(now, after.expires_at, after.stored_expires_at)
+        ):
+            return Saving(Rest.WRITE, key, snapshot, user_id, expires_at, is_urgent, after)
+        return None
+
+    def settle(self, saving: Saving | None, now: float) -> None:
+        """Finish what memory alone could not.
+
+        Raises:
+            SessionDeletedError: The session is not in PostgreSQL either.
+            ServerUnavailableError: Nothing was saved.
+        """
+        for _ in range(ATTEMPTS):
+            if saving is None or saving.rest is not Rest.ASK:
+                break
+            row = self._server.read(saving.key)
+            if row is None:
+                raise SessionDeletedError(DELETED)
+            self._keep(self._record(row, now))
+            _, key, snapshot, user_id, expires_at, is_urgent, _ = saving
+            saving = self.remember(key, snapshot, user_id, expires_at, now, is_urgent=is_urgent)
+        if saving is None:
+            return
+        if saving.record is not None:
+            self.write_through(saving.record, now)
+        else:
+            self._save_past_memory(saving, now)
+
+    def write_through(self, record: SessionRecord, now: float) -> None:
+        """Write `record` now; if PostgreSQL is away, keep it dirty and due at once."""
+        try:
+            self._writer.write_through(record, now)
+        except (ServerUnavailableError, RowRefusedError) as error:
+            self._postpone(record.key, now, error)
+        else:
+            self._counters.add(Counter.WRITES_THROUGH)
+
+    # Create and delete
+
+    def create(
+        self, key: str, payload: bytes, user_id: str, *, expires_at: float, now: float
+    ) -> bool:
+        """Create a session in PostgreSQL and in memory; False if the key is taken.
+
+        When it returns True the session is in PostgreSQL, unless a transaction of the
+        application is open (then memory repeats the insert should it roll back), the
+        server is away (then memory keeps it, if `CREATE_WHEN_DOWN`), or
+        `WRITE_ON_CREATE` is off.
+
+        Raises:
+            ServerUnavailableError: Away, and `CREATE_WHEN_DOWN` is off.
+            StoreFullError: Neither PostgreSQL nor memory could take it.
+        """
+        record = lifecycle.created(
+            key, payload, user_id, expires_at=expires_at, now=now, policy=self._policy
+        )
+        if self._store.get(key) is not None:
+            return False
+        if self._write_on_create:
+            try:
+                if not self._server.insert(self._writer.columns([Dirty.of(record)]), now):
+                    return False
+            except ServerUnavailableError as error:
+                if not self._create_when_down:
+                    raise
+                record = lifecycle.due_again(record, due_at=now)
+                self._log_postponed(error)
+            else:
+                self._counters.add(Counter.ROWS_WRITTEN)
+                self._counters.add(Counter.STATEMENTS)
+                record = self._inserted(record, now)
+        try:
+            before, _ = self._store.update(key, lambda known: known or record)
+        except StoreFullError:
+            if record.is_dirty and not self._server.in_transaction():
+                raise
+            before = None  # PostgreSQL has it; the next load finds it there
+        self._counters.add(Counter.CREATIONS)
+        return before is None
+
+    def delete(self, key: str, now: float) -> None:
+        """Delete the session in memory and in PostgreSQL, whether it exists or not.
+
+        Memory forgets it first and remembers the deletion, so that no load or save
+        that is under way brings it back; if PostgreSQL is away, or the application's
+        transaction rolls back, the flusher deletes it there later.
+        """
+        burial = partial(lifecycle.deleted, key=key, now=now, policy=self._policy)
+        tombstone = self._store.update(key, burial)[1]
+        self._counters.add(Counter.DELETIONS)
+        if tombstone is not None and tombstone.is_dirty:
+            self.write_through(tombstone, now)
+
+    # Inside
+
+    def _decoded(self, key: str) -> Snapshot | Literal[Memory.UNKNOWN] | None:
+        """Return the session of `key` as memory has it, and keep it in the cache."""
+        record = self._store.get(key)
+        if record is None:  # evicted since we looked
+            return Memory.UNKNOWN
+        if record.is_tombstone:
+            return None
+        snapshot = self._codec.decode(record.payload)
+        self._cache.put(key, record.version, snapshot)
+        return snapshot
+
+    def _keep(self, record: SessionRecord) -> SessionRecord:
+        """Put a record from PostgreSQL into memory, unless memory knows better."""
+        try:
+            kept = self._store.update(record.key, lambda known: known or record)[1]
+        except StoreFullError:
+            return record
+        return kept or record
+
+    def _record(self, row: Row, now: float) -> SessionRecord:
+        """Return the clean record of a row; unreadable data makes an empty session."""
+        try:
+            payload = self._encoder.to_payload(row.data)
+        except RecordCorruptError:
+            security_logger.warning("Session data corrupted")
+            payload = b""
+        return lifecycle.loaded(
+            row.key,
+            payload,
+            row.user_id,
+            version=row.version,
+            fence=row.fence,
+            created_at=row.created_at,
+            expires_at=row.expires_at,
+            written_at=row.written_at,
+            now=now,
+        )
+
+    def _inserted(self, record: SessionRecord, now: float) -> SessionRecord:
+        """Return `record` as clean, or have the commit make it so."""
+        mark = partial(
+            lifecycle.written,
+            version=record.version,
+            expires_at=record.expires_at,
+            now=now,
+            policy=self._policy,
+        )
+        if not self._server.in_transaction():
+            return mark(record)
+        self._server.after_commit(
+            lambda: self._store.update(record.key, lambda known: known and mark(known))
+        )
+        return record
+
+    def _note_use(self, key: str, now: float) -> None:
+        with suppress(StoreFullError):  # it only orders eviction
+            self._store.update(key, lambda known: known and lifecycle.used(known, now=now))
+
+    def _save_past_memory(self, saving: Saving, now: float) -> None:
+        """Save straight to PostgreSQL; memory forgets what it had."""
+        self._counters.add(Counter.STORE_FULL)
+        for _ in range(ATTEMPTS):
+            row = self._server.read(saving.key)
+            if row is None:
+                break
+            record = lifecycle.saved(
+                self._store.get(saving.key) or self._record(row, now),
+                saving.snapshot.payload,
+                saving.user_id,
+                saving.expires_at,
+                now,
+                self._policy,
+            )
+            if self._server.update(self._writer.columns([Dirty.of(record)]), now):
+                self._store.update(saving.key, lambda _: None)
+                return
+        raise SessionDeletedError(DELETED)
+
+    def _postpone(self, key: str, now: float, error: Exception) -> None:
+        self._store.update(key, lambda known: known and lifecycle.due_again(known, due_at=now))
+        self._log_postponed(error)
+
+    def _log_postponed(self, error: Exception) -> None:
+        self._counters.add(Counter.WRITES_POSTPONED)
+        logger.warning(
+            "A session that must not wait is kept in memory for now: %s",
+            error,
+            extra={"action": "write_postponed"},
+        )

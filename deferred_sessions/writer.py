@@ -1,0 +1,192 @@
+"""Carries records to PostgreSQL and brings back what became of each.
+
+Called by `tiers` for what must not wait and by `flusher` for batches. Invariant: a
+record becomes clean only at the version that a committed transaction contains; what
+PostgreSQL did not take is looked into, acted on and counted, never dropped in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Final
+
+from deferred_sessions.encoding import RowEncoder
+from deferred_sessions.memory.counters import Counter, Counters
+from deferred_sessions.memory.store import HostStore
+from deferred_sessions.memory.tables import Dirty
+from deferred_sessions.outcome import Outcome
+from deferred_sessions.policy import Policy
+from deferred_sessions.record import CHANGED, TOMBSTONE, Head, SessionRecord, split_rests
+from deferred_sessions.servers.server import Columns, SessionServer, State
+
+logger = logging.getLogger(__name__)
+
+MAX_USER_ID: Final = 255  # characters; as wide as the column
+
+
+class RecordWriter:
+    """Writes records to one session server and marks them in the host store."""
+
+    def __init__(
+        self,
+        store: HostStore,
+        server: SessionServer,
+        encoder: RowEncoder,
+        counters: Counters,
+        policy: Policy,
+    ) -> None:
+        self._store = store
+        self._server = server
+        self._encoder = encoder
+        self._counters = counters
+        self._policy = policy
+
+    def write(self, batch: Sequence[Dirty], now: float) -> Outcome:
+        """Write `batch` in one transaction and mark what it contained.
+
+        Raises:
+            ServerUnavailableError: Nothing was written or marked.
+            RowRefusedError: The server refused some row; nothing was written or marked.
+            RowLockedError: Somebody holds some row; nothing was written or marked.
+        """
+        with self._server.batch():
+            outcome = self._send(sorted(batch), now)
+        return self._finish(outcome, now)
+
+    def write_through(self, record: SessionRecord, now: float) -> Outcome:
+        """Write `record` with a single statement, waiting for its row if need be.
+
+        Inside a transaction of the application the mark waits for its commit: until
+        then, and if it is rolled back, the record stays dirty and is written again.
+
+        Raises:
+            ServerUnavailableError, RowRefusedError: Nothing was written or marked.
+        """
+        return self._finish(self._send([Dirty.of(record)], now), now)
+
+    def columns(self, batch: Sequence[Dirty]) -> Columns:
+        """Return the sessions of `batch` as PostgreSQL keeps them."""
+        keys = [dirty.key for dirty in batch]
+        heads = [dirty.head for dirty in batch]
+        user_ids, payloads = split_rests((dirty.head, dirty.data) for dirty in batch)
+        return Columns(
+            keys,
+            self._encoder.to_texts(payloads),
+            [head.expires_at for head in heads],
+            [head.version for head in heads],
+            [head.fence for head in heads],
+            [user_id and user_id.replace("\0", "")[:MAX_USER_ID] for user_id in user_ids],
+            [head.created_at for head in heads],
+        )
+
+    def mark_written(self, batch: Sequence[Dirty], now: float) -> None:
+        """Tell the host store that PostgreSQL has `batch`, at the versions it stands at."""
+        outcome = Outcome(updated=batch)
+        self._count(outcome)
+        self._mark(outcome, now)
+
+    def _send(self, batch: Sequence[Dirty], now: float) -> Outcome:
+        """Send one statement for each kind of change; keys in order, against deadlocks."""
+        outcome = Outcome()
+        deleted, new, changed, touched = by_kind(batch)
+        doubtful: list[Dirty] = []
+        if deleted:
+            self._counters.add(Counter.STATEMENTS)
+            self._server.delete([dirty.key for dirty in deleted])
+            outcome.deleted = deleted
+        if new:
+            self._counters.add(Counter.STATEMENTS)
+            if self._server.insert(self.columns(new), now) == len(new):
+                outcome.inserted = new
+            else:
+                changed = sorted(changed + new)  # some exist; the update leaves the others
+        if changed:
+            self._counters.add(Counter.STATEMENTS)
+            if self._server.update(self.columns(changed), now) == len(changed):
+                outcome.updated = changed
+            else:
+                doubtful += changed
+        if touched:
+            self._counters.add(Counter.STATEMENTS)
+            if self._server.touch(self.columns(touched), now) == len(touched):
+                outcome.touched = touched
+            else:
+                doubtful += touched
+        if doubtful:
+            self._look_into(doubtful, outcome)
+        return outcome
+
+    def _look_into(self, doubtful: Sequence[Dirty], outcome: Outcome) -> None:
+        """Find out which of these PostgreSQL did not take, and why."""
+        states = self._server.states([dirty.key for dirty in doubtful])
+        for dirty in doubtful:
+            state = states.get(dirty.key)
+            if state is None:
+                outcome.vanished.append(dirty)
+            elif self._is_ours(dirty.head, state):
+                # Taken just now; or an earlier attempt got through; or another flusher
+                # of this node was faster, perhaps with a later version.
+                outcome.repeated.append((dirty, state.version))
+            elif state.fence <= dirty.head.fence and state.version < dirty.head.version:
+                outcome.outdated.append(dirty)
+            else:
+                outcome.superseded.append(dirty)
+
+    def _is_ours(self, head: Head, state: State) -> bool:
+        """Tell whether this node wrote the row, at this version or a later one."""
+        return (
+            state.owner == self._server.owner
+            and state.fence == head.fence
+            and state.version >= head.version
+        )
+
+    def _finish(self, outcome: Outcome, now: float) -> Outcome:
+        self._count(outcome)
+        if self._server.in_transaction():
+            self._server.after_commit(partial(self._mark, outcome, now))
+        else:
+            self._mark(outcome, now)
+        return outcome
+
+    def _mark(self, outcome: Outcome, now: float) -> None:
+        """Tell the host store what PostgreSQL has."""
+        changed_since = self._store.clean_many(outcome.written, now)
+        marks = outcome.transitions(changed_since=set(changed_since), now=now, policy=self._policy)
+        if marks:
+            self._store.update_many(marks)
+
+    def _count(self, outcome: Outcome) -> None:
+        self._counters.add(Counter.ROWS_WRITTEN, outcome.rows)
+        for counter, records, what in (
+            (Counter.VANISHED, outcome.vanished, "were deleted in PostgreSQL"),
+            (Counter.SUPERSEDED, outcome.superseded, "are newer in PostgreSQL"),
+        ):
+            if records:
+                self._counters.add(counter, len(records))
+                logger.warning(
+                    "%d sessions with unsaved changes %s by somebody else; the changes are void.",
+                    len(records),
+                    what,
+                    extra={"action": f"sessions_{counter.name.lower()}", "count": len(records)},
+                )
+
+
+def by_kind(batch: Iterable[Dirty]) -> tuple[list[Dirty], list[Dirty], list[Dirty], list[Dirty]]:
+    """Return the deleted, new, changed and merely touched ones of `batch`."""
+    deleted: list[Dirty] = []
+    new: list[Dirty] = []
+    changed: list[Dirty] = []
+    touched: list[Dirty] = []
+    for dirty in batch:
+        head = dirty.head
+        if head.flags & TOMBSTONE:
+            deleted.append(dirty)
+        elif not head.flags & CHANGED:
+            touched.append(dirty)
+        elif head.stored_version:
+            changed.append(dirty)
+        else:
+            new.append(dirty)
+    return deleted, new, changed, touched

@@ -1,0 +1,3 @@
+"""The tests; see README.md."""
+
+from __future__ import annotations

@@ -1,0 +1,74 @@
+"""Fixtures for tests on real PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from asgiref.sync import async_to_sync
+from django.db import connection
+
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.models import Session
+
+
+@pytest.fixture
+def unreachable(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make PostgreSQL unreachable: nobody listens where Django connects to."""
+    connection.close()
+    with monkeypatch.context() as patch:
+        patch.setitem(connection.settings_dict, "HOST", "/nonexistent")
+        yield
+    connection.close()
+
+
+@pytest.fixture
+def outage(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outage]:
+    """PostgreSQL comes and goes as the test says."""
+    outage = Outage(connection.settings_dict["HOST"])
+    yield outage
+    outage.end()
+
+
+class Outage:
+    """Makes PostgreSQL unreachable for a while."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+
+    def begin(self) -> None:
+        connection.close()
+        connection.settings_dict["HOST"] = "/nonexistent"
+
+    def end(self) -> None:
+        connection.close()
+        connection.settings_dict["HOST"] = self._host
+
+
+@pytest.fixture(params=["sync", "async"])
+def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Call a method of a session store: its sync half, then its async half."""
+
+    def sync(store: SessionStore, name: str, *arguments: Any, **keywords: Any) -> Any:
+        return getattr(store, name)(*arguments, **keywords)
+
+    def asynchronous(store: SessionStore, name: str, *arguments: Any, **keywords: Any) -> Any:
+        return async_to_sync(getattr(store, f"a{name}"))(*arguments, **keywords)
+
+    return sync if request.param == "sync" else asynchronous
+
+
+def row(key: str | None) -> dict[str, Any] | None:
+    """Return what PostgreSQL has of a session, decoded; None if it has nothing."""
+    found = Session.objects.filter(pk=key).first()
+    return None if found is None else found.get_decoded()
+
+
+def second_connection() -> psycopg.Connection[Any]:
+    """Return a connection of somebody else, outside of Django."""
+    parameters = connection.get_connection_params()
+    for name in ("context", "cursor_factory", "prepare_threshold"):
+        parameters.pop(name, None)
+    return psycopg.connect(**parameters, autocommit=True)

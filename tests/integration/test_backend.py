@@ -1,0 +1,720 @@
+"""The session engine on real PostgreSQL: what is written when, and what is not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.contrib.sessions.backends.base import CreateError, UpdateError
+from django.contrib.sessions.backends.db import SessionStore as DjangoStore
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.exceptions import ServerUnavailableError
+from deferred_sessions.memory.counters import Counter
+from deferred_sessions.models import Session
+from deferred_sessions.runtime import Runtime
+from tests.integration.conftest import Outage, row
+
+pytestmark = pytest.mark.django_db(transaction=True)
+Call = Callable[..., Any]
+
+
+def created(**values: Any) -> SessionStore:
+    session = SessionStore()
+    session.update(values)
+    session.save()
+    return session
+
+
+def forget(runtime: Runtime) -> None:
+    """Empty the memory of this host, as a restart of the host would."""
+    runtime.store.clear()
+    runtime.cache.clear()
+
+
+def test_a03_a_new_session_is_written_at_once(call: Call) -> None:
+    """A03: PostgreSQL has the session when `save` returns."""
+    session = SessionStore()
+    session["a"] = 1
+    call(session, "save")
+
+    assert row(session.session_key) == {"a": 1}
+
+
+def test_creation_is_one_statement(call: Call) -> None:
+    """No `exists` query before the INSERT."""
+    session = SessionStore()
+    session["a"] = 1
+    with CaptureQueriesContext(connection) as queries:
+        if call.__name__ == "sync":
+            session.save()
+            assert len(queries) == 1
+            assert queries[0]["sql"].lstrip().startswith("INSERT")
+
+
+def test_a05_an_update_is_not_written(call: Call) -> None:
+    """A05: between flushes PostgreSQL hears nothing."""
+    session = created(a=1)
+    session["a"] = 2
+    with CaptureQueriesContext(connection) as queries:
+        call(session, "save")
+        assert call(SessionStore(session.session_key), "get", "a") == 2
+
+    assert len(queries) == 0
+    assert row(session.session_key) == {"a": 1}
+
+
+def test_a_load_from_memory_asks_nobody(call: Call) -> None:
+    session = created(a=1)
+
+    with CaptureQueriesContext(connection) as queries:
+        assert call(SessionStore(session.session_key), "load") == {"a": 1}
+
+    assert len(queries) == 0
+
+
+def test_a_miss_is_one_query_and_fills_memory(runtime: Runtime, call: Call) -> None:
+    session = created(a=1)
+    forget(runtime)
+
+    assert call(SessionStore(session.session_key), "load") == {"a": 1}
+    with CaptureQueriesContext(connection) as queries:
+        assert call(SessionStore(session.session_key), "load") == {"a": 1}
+
+    assert len(queries) == 0
+    assert runtime.counters.totals()[Counter.MISSES] == 1
+
+
+def test_a_change_after_a_miss_is_kept(runtime: Runtime, call: Call) -> None:
+    """Trap 10: the first change after a failover is not lost."""
+    session = created(a=1)
+    forget(runtime)
+    again = SessionStore(session.session_key)
+    again["a"] = 2
+    call(again, "save")
+
+    runtime.flusher.flush_once(time.time(), everything=True)
+
+    assert row(session.session_key) == {"a": 2}
+
+
+def test_an_unknown_key_creates_nothing(call: Call) -> None:
+    session = SessionStore("unknownkey")
+
+    assert call(session, "load") == {}
+    assert session.session_key is None
+    assert not Session.objects.exists()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "x",
+        "x" * 7,
+        "x" * 41,
+        "x" * 100_000,
+        "nul\0nul\0nul",
+        "käseköpfe",
+        "a b c d e",
+        "';--'''''",
+    ],
+    ids=repr,
+)
+def test_hostile_keys_reach_no_tier(runtime: Runtime, call: Call, key: str) -> None:
+    """A cookie can hold anything; what is not a key is refused before anybody is asked."""
+    with CaptureQueriesContext(connection) as queries:
+        session = SessionStore(key)
+        assert call(session, "load") == {}
+        assert session.session_key is None
+        assert call(SessionStore(), "exists", key) is False
+        call(SessionStore(), "delete", key)
+        unloaded = SessionStore(key)
+        unloaded.clear()
+        if unloaded.session_key is not None:
+            with pytest.raises(UpdateError):
+                call(unloaded, "save")
+            with pytest.raises(ValueError, match="8 to 40 characters"):
+                call(unloaded, "save", must_create=True)
+
+    assert len(queries) == 0
+    assert not runtime.store.exists() or runtime.store.status().records == 0
+
+
+def test_exists(runtime: Runtime, call: Call) -> None:
+    session = created(a=1)
+
+    assert call(SessionStore(), "exists", session.session_key) is True
+    forget(runtime)
+    assert call(SessionStore(), "exists", session.session_key) is True
+    assert call(SessionStore(), "exists", "nosuchkey") is False
+    assert call(SessionStore(), "exists", None) is False
+
+
+def test_a_deleted_session_is_gone_everywhere(runtime: Runtime, call: Call) -> None:
+    session = created(a=1)
+    call(session, "delete")
+
+    assert row(session.session_key) is None
+    assert call(SessionStore(session.session_key), "load") == {}
+    assert call(SessionStore(), "exists", session.session_key) is False
+    forget(runtime)
+    assert call(SessionStore(session.session_key), "load") == {}
+
+
+def test_a_late_save_does_not_resurrect(runtime: Runtime, call: Call) -> None:
+    """Trap 4: whoever still has the session cannot bring it back."""
+    session = created(a=1)
+    late, later = SessionStore(session.session_key), SessionStore(session.session_key)
+    late["a"] = later["a"] = 2
+    call(session, "delete")
+
+    with pytest.raises(UpdateError):
+        call(late, "save")
+    forget(runtime)  # also when the tombstone is gone
+    with pytest.raises(UpdateError):
+        call(later, "save")
+
+    runtime.flusher.flush_once(time.time(), everything=True)
+    assert row(session.session_key) is None
+
+
+def test_a_deleted_key_is_not_used_again(call: Call) -> None:
+    session = created(a=1)
+    call(session, "delete")
+
+    with pytest.raises(CreateError):
+        call(SessionStore(session.session_key), "save", must_create=True)
+
+
+def test_a_taken_key_is_a_create_error(runtime: Runtime, call: Call) -> None:
+    session = created(a=1)
+
+    with pytest.raises(CreateError):
+        call(SessionStore(session.session_key), "save", must_create=True)
+    forget(runtime)
+    with pytest.raises(CreateError):
+        call(SessionStore(session.session_key), "save", must_create=True)
+    assert row(session.session_key) == {"a": 1}
+
+
+def test_a_collision_of_keys_tries_another(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    session = created(a=1)
+    keys = iter([session.session_key, session.session_key, "freshfreshfresh"])
+    monkeypatch.setattr("deferred_sessions.backend.get_random_string", lambda *_: next(keys))
+
+    other = SessionStore()
+    other["b"] = 2
+    call(other, "save")
+
+    assert other.session_key == "freshfreshfresh"
+    assert row(session.session_key) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "key", ["_auth_user_id", "_auth_user_backend", "_auth_user_hash", "_session_expiry"]
+)
+def test_what_must_not_wait_is_written_at_once(call: Call, key: str) -> None:
+    """Design 5.5: login, logout and expiry are written through, also their removal."""
+    session = created(a=1)
+    session[key] = 1000
+    call(session, "save")
+    assert row(session.session_key) == {"a": 1, key: 1000}
+
+    del session[key]
+    call(session, "save")
+    assert row(session.session_key) == {"a": 1}
+
+
+def test_other_changes_of_a_logged_in_session_wait(call: Call) -> None:
+    session = created(_auth_user_id="7", a=1)
+    again = SessionStore(session.session_key)
+    again["a"] = 2
+    call(again, "save")
+
+    assert row(session.session_key) == {"_auth_user_id": "7", "a": 1}
+
+
+def test_own_write_through_keys(tune: Callable[..., Runtime], call: Call) -> None:
+    """Also nested ones, also when they change inside."""
+    tune(WRITE_THROUGH_KEYS=["cart"])
+    session = created(cart={"items": []}, a=1)
+    again = SessionStore(session.session_key)
+    again["cart"]["items"].append(1)
+    call(again, "save")
+    assert row(session.session_key) == {"cart": {"items": [1]}, "a": 1}
+
+    again["_auth_user_id"] = "8"
+    call(again, "save")
+    assert row(session.session_key) == {"cart": {"items": [1]}, "a": 1}
+
+
+def test_a_session_that_was_replaced_unseen_is_written_at_once(call: Call) -> None:
+    """`clear()` without a load: nobody knows what was there, so it does not wait."""
+    session = created(_auth_user_id="7")
+    again = SessionStore(session.session_key)
+    again.clear()
+    call(again, "save")
+
+    assert row(session.session_key) == {}
+
+
+def test_the_user_stands_in_the_row(call: Call) -> None:
+    session = created(a=1)
+    assert Session.objects.get(pk=session.session_key).user_id is None
+    session["_auth_user_id"] = "42"
+    call(session, "save")
+
+    assert Session.objects.get(pk=session.session_key).user_id == "42"
+
+
+def test_a_strange_user_id_does_no_harm(runtime: Runtime, call: Call) -> None:
+    session = created(a=1)
+    session["_auth_user_id"] = "nul\0" + "x" * 1000
+    call(session, "save")
+
+    assert Session.objects.get(pk=session.session_key).user_id == ("nul" + "x" * 1000)[:255]
+
+
+def test_cycle_key(call: Call) -> None:
+    """A new key with the same data, at once; the old one is gone, at once."""
+    session = created(a=1)
+    old = session.session_key
+    again = SessionStore(old)
+    call(again, "cycle_key")
+
+    assert again.session_key != old
+    assert row(again.session_key) == {"a": 1}
+    assert row(old) is None
+    assert call(SessionStore(old), "load") == {}
+
+
+def test_cycle_key_keeps_what_was_not_flushed(call: Call) -> None:
+    session = created(a=1)
+    session["a"] = 2
+    session.save()
+    again = SessionStore(session.session_key)
+    call(again, "cycle_key")
+
+    assert row(again.session_key) == {"a": 2}
+
+
+def test_flush_destroys(call: Call) -> None:
+    session = created(a=1)
+    key = session.session_key
+    call(session, "flush")
+
+    assert session.session_key is None
+    assert row(key) is None
+
+
+def test_touches_are_not_written(runtime: Runtime, call: Call) -> None:
+    """SESSION_SAVE_EVERY_REQUEST costs PostgreSQL nothing until the stored expiry comes near."""
+    session = created(a=1)
+    for _ in range(20):
+        call(SessionStore(session.session_key), "save")
+
+    report = runtime.flusher.flush_once(time.time() + 3600)
+    assert report.rows == 0
+    assert runtime.counters.totals()[Counter.TOUCHES] == 20
+
+
+def test_a_touch_is_written_before_the_stored_expiry_bites(runtime: Runtime, settings: Any) -> None:
+    """Trap 5: memory alive while the stored row expires must not happen."""
+    settings.SESSION_COOKIE_AGE = 600
+    session = created(a=1)
+    stored = Session.objects.get(pk=session.session_key).expire_date
+    time.sleep(0.01)
+    SessionStore(session.session_key).save()
+
+    report = runtime.flusher.flush_once(stored.timestamp() - 120)
+
+    assert report.touched == 1
+    assert Session.objects.get(pk=session.session_key).expire_date > stored
+
+
+def test_short_sessions_are_extended_in_time(settings: Any, call: Call) -> None:
+    """A lifetime below the interval: the poller would be too late, so the save writes."""
+    session = created(a=1)
+    session.set_expiry(30)
+    call(session, "save")
+    Session.objects.update(expire_date="2026-01-01T00:00Z")
+    runtime_record = Session.objects.get(pk=session.session_key)
+
+    from deferred_sessions.runtime import get_runtime
+
+    store = get_runtime().store
+    store.update(
+        session.session_key or "",
+        lambda r: r and r._replace(stored_expires_at=time.time() + 10),
+    )
+    call(SessionStore(session.session_key), "save")
+
+    assert Session.objects.get(pk=session.session_key).expire_date > runtime_record.expire_date
+
+
+def test_an_expired_session_is_empty_at_once(runtime: Runtime, call: Call) -> None:
+    session = created(a=1)
+    session.set_expiry(-10)
+    call(session, "save")
+
+    assert call(SessionStore(session.session_key), "load") == {}
+    forget(runtime)
+    assert call(SessionStore(session.session_key), "load") == {}
+    assert call(SessionStore(), "exists", session.session_key) is False
+
+
+def test_a_bad_expiry_changes_nothing(call: Call) -> None:
+    """Trap 2: what cannot be saved leaves everything as it was."""
+    session = created(a=1)
+    session["a"] = 2
+    session["_session_expiry"] = "next tuesday"
+
+    with pytest.raises(ValueError, match="next tuesday"):
+        call(session, "save")
+    assert SessionStore(session.session_key).load() == {"a": 1}
+
+
+def test_an_unencodable_value_changes_nothing(call: Call) -> None:
+    """Trap 2: encode first."""
+    session = created(a=1)
+    again = SessionStore(session.session_key)
+    again["a"] = 2
+    again["bad"] = object()
+
+    with pytest.raises(TypeError):
+        call(again, "save")
+    assert SessionStore(session.session_key).load() == {"a": 1}
+    with pytest.raises(TypeError):
+        call(again, "create")
+
+
+def test_rows_are_djangos(runtime: Runtime, call: Call) -> None:
+    """Django's own engine reads our rows, and we read its."""
+    session = created(a=1, cart={"x": [1]})
+    data = Session.objects.get(pk=session.session_key).session_data
+    assert DjangoStore().decode(data) == {"a": 1, "cart": {"x": [1]}}
+
+    Session.objects.create(
+        session_key="djangosrow",
+        session_data=DjangoStore().encode({"from": "django"}),
+        expire_date="2100-01-01T00:00Z",
+    )
+    assert call(SessionStore("djangosrow"), "load") == {"from": "django"}
+
+
+def test_a_damaged_row_is_an_empty_session(
+    runtime: Runtime, call: Call, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Django has it: logged as suspicious, taken as empty, and usable."""
+    session = created(a=1)
+    Session.objects.update(session_data="damaged")
+    forget(runtime)
+
+    with caplog.at_level(logging.WARNING, "django.security.SuspiciousSession"):
+        again = SessionStore(session.session_key)
+        assert call(again, "load") == {}
+    assert "Session data corrupted" in caplog.text
+
+    again["b"] = 1
+    call(again, "save")
+    runtime.flusher.flush_once(time.time(), everything=True)
+    assert row(session.session_key) == {"b": 1}
+
+
+def test_unsaved_changes_stay_with_their_request(call: Call) -> None:
+    session = created(cart={"items": [1]})
+    for _ in range(2):
+        mine = SessionStore(session.session_key)
+        call(mine, "get", "cart")["items"].append(2)
+
+    assert call(SessionStore(session.session_key), "get", "cart") == {"items": [1]}
+
+
+def test_memory_is_evicted_between_load_and_save(runtime: Runtime, call: Call) -> None:
+    """The save finds the session in PostgreSQL and goes on."""
+    session = created(a=1)
+    again = SessionStore(session.session_key)
+    again["a"] = 2
+    forget(runtime)
+    call(again, "save")
+
+    assert call(SessionStore(session.session_key), "load") == {"a": 2}
+
+
+# A full store
+
+
+def fill(runtime: Runtime) -> None:
+    """Fill the store with changes that PostgreSQL does not have."""
+    from deferred_sessions import lifecycle
+    from deferred_sessions.exceptions import StoreFullError
+
+    number = 0
+    try:
+        while True:
+            number += 1
+            record = lifecycle.created(
+                f"filler{number:08d}",
+                b"x" * 2000,
+                "",
+                expires_at=time.time() + 9e5,
+                now=time.time(),
+                policy=runtime.settings.policy,
+            )
+            runtime.store.update(record.key, lambda _, record=record: record)
+    except StoreFullError:
+        pass
+
+
+def test_a_full_store_saves_straight_to_postgresql(
+    tune: Callable[..., Runtime], call: Call
+) -> None:
+    """Design 7: nothing is lost, and everybody sees it."""
+    runtime = tune(STORE_SIZE=4 << 20)
+    session = created(a="x")
+    fill(runtime)
+    again = SessionStore(session.session_key)
+    again["a"] = "y" * 5000
+    call(again, "save")
+
+    assert row(session.session_key) == {"a": "y" * 5000}
+    assert call(SessionStore(session.session_key), "load") == {"a": "y" * 5000}
+    assert runtime.counters.totals()[Counter.STORE_FULL] == 1
+
+    again["b"] = 1
+    call(again, "save")
+    assert row(session.session_key) == {"a": "y" * 5000, "b": 1}
+
+
+def test_a_full_store_creates_and_deletes(tune: Callable[..., Runtime], call: Call) -> None:
+    runtime = tune(STORE_SIZE=4 << 20)
+    fill(runtime)
+
+    session = created(a=1)
+    assert row(session.session_key) == {"a": 1}
+    assert call(SessionStore(session.session_key), "load") == {"a": 1}
+
+
+def test_a_full_store_refuses_what_was_deleted(tune: Callable[..., Runtime], call: Call) -> None:
+    runtime = tune(STORE_SIZE=4 << 20)
+    session = created(a=1)
+    again = SessionStore(session.session_key)
+    again["a"] = "y" * 5000
+    Session.objects.all().delete()
+    forget(runtime)
+    fill(runtime)
+
+    with pytest.raises(UpdateError):
+        call(again, "save")
+
+
+# PostgreSQL away
+
+
+def test_known_sessions_are_served_and_changed(
+    outage: Outage, runtime: Runtime, call: Call
+) -> None:
+    session = created(a=1)
+    outage.begin()
+    again = SessionStore(session.session_key)
+    again["a"] = 2
+    call(again, "save")
+    assert call(SessionStore(session.session_key), "load") == {"a": 2}
+
+    outage.end()
+    runtime.flusher.flush_once(time.time() + 61)
+    assert row(session.session_key) == {"a": 2}
+
+
+def test_an_unknown_session_raises(outage: Outage, runtime: Runtime, call: Call) -> None:
+    """Trap 14: "I cannot ask" never looks like "there is none", which deletes the cookie."""
+    session = created(a=1)
+    forget(runtime)
+    outage.begin()
+    again = SessionStore(session.session_key)
+
+    with pytest.raises(ServerUnavailableError):
+        call(again, "load")
+    assert again.session_key == session.session_key
+    with pytest.raises(ServerUnavailableError):
+        call(SessionStore(), "exists", session.session_key)
+
+
+def test_logout_holds_while_postgresql_is_away(
+    outage: Outage, runtime: Runtime, call: Call
+) -> None:
+    session = created(a=1)
+    outage.begin()
+    call(session, "delete")
+    assert call(SessionStore(session.session_key), "load") == {}
+
+    outage.end()
+    assert row(session.session_key) == {"a": 1}
+    assert call(SessionStore(session.session_key), "load") == {}
+    runtime.flusher.flush_once(time.time())
+    assert row(session.session_key) is None
+
+
+def test_a_login_while_postgresql_is_away_is_written_first(
+    outage: Outage, runtime: Runtime, call: Call
+) -> None:
+    session = created(a=1)
+    outage.begin()
+    session["_auth_user_id"] = "7"
+    call(session, "save")
+    assert runtime.counters.totals()[Counter.WRITES_POSTPONED] == 1
+
+    outage.end()
+    runtime.flusher.flush_once(time.time())
+    assert row(session.session_key) == {"a": 1, "_auth_user_id": "7"}
+    assert Session.objects.get(pk=session.session_key).user_id == "7"
+
+
+def test_creations_are_kept(outage: Outage, runtime: Runtime, call: Call) -> None:
+    outage.begin()
+    session = SessionStore()
+    session["a"] = 1
+    call(session, "save")
+    session["a"] = 2
+    call(session, "save")
+    assert call(SessionStore(session.session_key), "load") == {"a": 2}
+
+    outage.end()
+    assert runtime.flusher.flush_once(time.time()).inserted == 1
+    assert row(session.session_key) == {"a": 2}
+
+
+def test_creations_fail_if_so_set(outage: Outage, tune: Callable[..., Runtime], call: Call) -> None:
+    tune(CREATE_WHEN_DOWN=False)
+    outage.begin()
+    session = SessionStore()
+    session["a"] = 1
+
+    with pytest.raises(ServerUnavailableError):
+        call(session, "save")
+
+
+def test_creation_may_be_deferred(tune: Callable[..., Runtime], call: Call) -> None:
+    """WRITE_ON_CREATE off: a new session is inserted by the flusher, like any change."""
+    runtime = tune(WRITE_ON_CREATE=False)
+    session = SessionStore()
+    session["a"] = 1
+    call(session, "save")
+    assert row(session.session_key) is None
+    assert call(SessionStore(session.session_key), "load") == {"a": 1}
+
+    assert runtime.flusher.flush_once(time.time() + 61).inserted == 1
+    assert row(session.session_key) == {"a": 1}
+
+
+# The async half
+
+
+def test_the_async_half_never_leaves_the_loop_on_a_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = created(a=1)
+
+    def no_threads(*_: object, **__: object) -> None:
+        raise AssertionError("hopped to a thread")
+
+    monkeypatch.setattr("deferred_sessions.backend.sync_to_async", no_threads)
+
+    async def work() -> None:
+        mine = SessionStore(session.session_key)
+        assert await mine.aget("a") == 1
+        await mine.aset("a", 2)
+        await mine.asave()
+        assert await SessionStore().aexists(session.session_key)
+        assert await SessionStore(session.session_key).aload() == {"a": 2}
+
+    asyncio.run(work())
+
+
+def test_the_sync_half_may_be_used_in_async_code_on_a_hit() -> None:
+    """No database is involved, so there is no SynchronousOnlyOperation."""
+    session = created(a=1)
+
+    async def work() -> None:
+        mine = SessionStore(session.session_key)
+        mine["a"] += 1
+        mine.save()
+
+    asyncio.run(work())
+    assert SessionStore(session.session_key)["a"] == 2
+
+
+def test_both_halves_store_the_same() -> None:
+    """Trap 13: the async half forgets nothing that the sync half stores."""
+
+    def columns(key: str | None) -> dict[str, Any]:
+        values = Session.objects.filter(pk=key).values().get()
+        for name in ("session_key", "session_data", "expire_date", "created_at", "written_at"):
+            del values[name]
+        return values
+
+    one = created(_auth_user_id="7", a=1)
+    one["_auth_user_id"] = "8"
+    one.save()
+
+    async def work() -> str | None:
+        two = SessionStore()
+        await two.aupdate({"_auth_user_id": "7", "a": 1})
+        await two.asave()
+        await two.aset("_auth_user_id", "8")
+        await two.asave()
+        return two.session_key
+
+    key = async_to_sync(work)()
+    assert columns(key) == columns(one.session_key)
+    assert row(key) == row(one.session_key)
+
+
+# Other contracts
+
+
+def test_the_constructor_does_no_io(directory: Any) -> None:
+    with CaptureQueriesContext(connection) as queries:
+        SessionStore("somekey12345")
+        SessionStore()
+
+    assert len(queries) == 0
+    assert not directory.exists()
+
+
+def test_clear_expired(runtime: Runtime, call: Call) -> None:
+    """Expired sessions go, in PostgreSQL and in memory; what lives on in memory stays."""
+    old, alive, extended = created(a=1), created(a=2), created(a=3)
+    Session.objects.filter(pk__in=[old.session_key, extended.session_key]).update(
+        expire_date="2020-01-01T00:00Z"
+    )
+    runtime.store.update(old.session_key or "", lambda r: r and r._replace(expires_at=1.0))
+    extended["a"] = 4
+    extended.save()
+
+    call(SessionStore(), "clear_expired")
+
+    assert row(old.session_key) is None
+    assert runtime.store.get(old.session_key or "") is None
+    assert row(alive.session_key) == {"a": 2}
+    assert row(extended.session_key) == {"a": 4}
+
+
+def test_clear_expired_fails_if_it_cannot_flush(outage: Outage, call: Call) -> None:
+    created(a=1)["b"] = 1
+    outage.begin()
+
+    with pytest.raises(ServerUnavailableError):
+        call(SessionStore(), "clear_expired")
+
+
+def test_the_model_is_ours() -> None:
+    assert SessionStore.get_model_class() is Session
+    assert Session.get_session_store_class() is SessionStore
+    assert SessionStore().key_salt == "django.contrib.sessions.SessionStore"

@@ -1,0 +1,106 @@
+"""The session table: laid out for updates in place."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from io import StringIO
+
+import pytest
+from django.core.management import call_command
+from django.db import connection
+
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.models import Session
+from deferred_sessions.runtime import Runtime
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def query(sql: str) -> list[tuple[object, ...]]:
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        return cursor.fetchall()
+
+
+def test_the_models_match_the_migrations() -> None:
+    call_command("makemigrations", "--check", "--dry-run", stdout=StringIO())
+
+
+def test_trap_12_the_sliding_expiry_has_no_index() -> None:
+    """Trap 12: an index there would forbid HOT updates; the coarse day has one."""
+    indexed = {
+        definition.partition("(")[2].rstrip(")")
+        for (definition,) in query(
+            "SELECT indexdef FROM pg_indexes WHERE tablename = 'deferred_sessions_session'"
+        )
+        if isinstance(definition, str)
+    }
+
+    assert indexed == {"session_key", "expire_day"}
+
+
+def test_room_and_vacuum_are_set() -> None:
+    (options,) = query(
+        "SELECT reloptions FROM pg_class WHERE relname = 'deferred_sessions_session'"
+    )[0]
+    assert isinstance(options, list)
+
+    assert "fillfactor=70" in options
+    assert "autovacuum_vacuum_scale_factor=0.02" in options
+    assert "autovacuum_vacuum_cost_delay=0" in options
+
+
+def test_flushes_are_hot_updates(runtime: Runtime) -> None:
+    """Rows are rewritten on their page, and no index is touched."""
+    session = SessionStore()
+    session.save()
+    sessions = [SessionStore() for _ in range(50)]
+    for session in sessions:
+        session["n"] = 0
+        session.save()
+    query("SELECT pg_stat_reset() IS NULL")
+    for turn in range(20):
+        for session in sessions:
+            session["n"] = turn + 1
+            session.save()
+        runtime.flusher.flush_once(time.time(), everything=True)
+    connection.close()  # the figures are sent when a backend ends
+
+    updates, hot = query(
+        "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables "
+        "WHERE relname = 'deferred_sessions_session'"
+    )[0]
+
+    assert updates == 1000
+    assert isinstance(hot, int)
+    assert hot >= 950
+
+
+def test_the_day_follows_the_expiry() -> None:
+    session = Session.objects.create(
+        session_key="somesession", session_data="", expire_date="2030-05-06T23:59:00+02:00"
+    )
+    session.refresh_from_db()
+    assert session.expire_day == datetime.date(2030, 5, 6)
+
+    Session.objects.update(expire_date="2030-05-07T01:30:00+02:00")
+    session.refresh_from_db()
+    assert session.expire_day == datetime.date(2030, 5, 6)
+
+
+def test_rows_made_by_others_have_sound_defaults() -> None:
+    """Django's manager and plain SQL need to know nothing of our columns."""
+    Session.objects.save("fromdjango", {"a": 1}, datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC))
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO deferred_sessions_session (session_key, session_data, expire_date) "
+            "SELECT 'fromsql12', session_data, expire_date FROM deferred_sessions_session"
+        )
+
+    for key in ("fromdjango", "fromsql12"):
+        stored = Session.objects.get(pk=key)
+        assert (stored.version, stored.fence, stored.owner, stored.user_id) == (1, 0, None, None)
+        assert stored.get_decoded() == {"a": 1}
+        assert SessionStore(key).load() == {"a": 1}
+    assert str(stored) == "fromsql12"

@@ -1,0 +1,3 @@
+"""What pytest needs before it reads the settings."""
+
+from __future__ import annotations

@@ -1,0 +1,169 @@
+"""Settings and system checks: what is refused, with which id, and what is understood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.checks import run_checks
+from django.core.exceptions import ImproperlyConfigured
+
+from deferred_sessions.checks import check_settings
+from deferred_sessions.conf import get_settings, problems, store_identity
+
+
+def ids() -> list[str | None]:
+    return [message.id for message in check_settings()]
+
+
+def test_the_defaults_are_right() -> None:
+    assert list(problems({})) == []
+
+
+def test_a06_the_interval_is_configurable(settings: Any) -> None:
+    """A06: from seconds to minutes; ten seconds to five minutes is the usual range."""
+    for interval in (0.5, 10, 60.0, 300):
+        settings.DEFERRED_SESSIONS = {"FLUSH_INTERVAL": interval}
+        assert ids() == []
+        assert get_settings().policy.interval == interval
+
+
+def test_the_checks_are_registered(settings: Any) -> None:
+    """`manage.py check` finds them by itself."""
+    settings.DEFERRED_SESSIONS = {"FLUSH_INTERVALL": 3}
+
+    assert "deferred_sessions.E002" in [message.id for message in run_checks()]
+
+
+@pytest.mark.parametrize("raw", [None, 3, "x", [("FLUSH_INTERVAL", 3)]])
+def test_e001_not_a_dictionary(settings: Any, raw: Any) -> None:
+    settings.DEFERRED_SESSIONS = raw
+
+    assert ids() == ["deferred_sessions.E001"]
+
+
+def test_e002_unknown_key(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"flush_interval": 3, "JOURNAL_DIRECTORY": "/x"}
+
+    messages = check_settings()
+    assert [m.id for m in messages] == ["deferred_sessions.E002"] * 2
+    assert "FLUSH_INTERVAL" in str(messages[0].hint)
+
+
+BAD: dict[str, list[Any]] = {
+    "FLUSH_INTERVAL": [0, -1, "60", None, True, float("inf"), float("nan")],
+    "FLUSH_AFTER_UPDATES": [0, 1, -1, 2.0, "2", True],
+    "FLUSH_AFTER_REQUESTS": [0, 1, 2.5],
+    "FLUSH_AT_REQUEST_END": [1, None, "yes"],
+    "WRITE_ON_CREATE": [0],
+    "WRITE_THROUGH_KEYS": ["_auth_user_id", None, [1]],
+    "CREATE_WHEN_DOWN": ["no"],
+    "BATCH_SIZE": [0, 10**9, 2.0, None],
+    "DIRECTORY": ["relative/path", 3, ""],
+    "STORE_SIZE": [0, 1024, "256M", 1e9],
+    "CACHE_SIZE": [-1, None, 1.5],
+    "SERVERS": ["default", [], ["a", "b"], [3], None],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in BAD.items() for v in vs], ids=repr)
+def test_e003_bad_value(settings: Any, key: str, value: Any) -> None:
+    settings.DEFERRED_SESSIONS = {key: value}
+
+    messages = check_settings()
+    assert [m.id for m in messages] == ["deferred_sessions.E003"]
+    assert key in messages[0].msg
+    assert str(messages[0].hint).startswith("It must be ")
+    with pytest.raises(ImproperlyConfigured, match=key):
+        get_settings()
+
+
+def test_every_setting_is_checked() -> None:
+    from dataclasses import fields
+
+    from deferred_sessions.conf import Settings
+
+    assert {field.name.upper() for field in fields(Settings)} == BAD.keys()
+
+
+GOOD: dict[str, list[Any]] = {
+    "FLUSH_AFTER_UPDATES": [None, 2, 1000],
+    "FLUSH_AFTER_REQUESTS": [None, 2],
+    "DIRECTORY": [None, "/dev/shm/x", Path("/dev/shm/x")],
+    "CACHE_SIZE": [0, 5],
+    "WRITE_THROUGH_KEYS": [[], ("a",), ["a", "b"]],
+    "SERVERS": [["default"], ("default",)],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in GOOD.items() for v in vs], ids=repr)
+def test_good_values(settings: Any, key: str, value: Any) -> None:
+    settings.DEFERRED_SESSIONS = {key: value}
+
+    assert ids() == []
+    get_settings()
+
+
+def test_e004_expiry_below_twice_the_interval(settings: Any) -> None:
+    """Trap 13 of the field: a session must not expire in PostgreSQL while it is in use."""
+    settings.SESSION_COOKIE_AGE = 119
+
+    assert ids() == ["deferred_sessions.E004"]
+    settings.SESSION_COOKIE_AGE = 120
+    assert ids() == []
+
+
+def test_e005_unknown_database(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"SERVERS": ["nosuch"]}
+
+    assert ids() == ["deferred_sessions.E005"]
+
+
+def test_e006_not_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
+    from django.db import connections
+
+    monkeypatch.setattr(type(connections["default"]), "vendor", "sqlite")
+
+    assert ids() == ["deferred_sessions.E006"]
+
+
+def test_w001_not_used(settings: Any) -> None:
+    settings.SESSION_ENGINE = "django.contrib.sessions.backends.db"
+
+    assert ids() == ["deferred_sessions.W001"]
+
+
+def test_settings_are_frozen_and_follow_overrides(settings: Any) -> None:
+    before = get_settings()
+    assert get_settings() is before
+    with pytest.raises(AttributeError):
+        before.flush_interval = 3.0  # type: ignore[misc]
+
+    settings.DEFERRED_SESSIONS = {"FLUSH_INTERVAL": 5.0}
+
+    assert get_settings().flush_interval == 5.0
+
+
+def test_all_problems_are_told_at_once(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"NOPE": 1, "BATCH_SIZE": 0}
+
+    with pytest.raises(ImproperlyConfigured, match=r"NOPE.*BATCH_SIZE"):
+        get_settings()
+
+
+def test_the_identity_survives_key_rotation_and_moves(settings: Any) -> None:
+    """Neither a new SECRET_KEY nor a new release directory parts a site from its sessions."""
+    before = store_identity()
+    settings.SECRET_KEY = "another" * 10
+    settings.BASE_DIR = Path("/srv/releases/2")
+
+    assert store_identity() == before
+    settings.ROOT_URLCONF = "another.urls"
+    assert store_identity() != before
+
+
+def test_nothing_is_opened_by_a_check(settings: Any, directory: Path) -> None:
+    check_settings()
+
+    assert not directory.exists()

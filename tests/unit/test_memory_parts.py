@@ -1,0 +1,276 @@
+"""The process cache, the counters, the locks and the fork hooks, each by itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deferred_sessions.memory.cache import SessionCache
+from deferred_sessions.memory.counters import SLOT_WORDS, SLOTS, Counter, Counters
+from deferred_sessions.memory.locks import ProcessLock
+from deferred_sessions.memory.store import HostStore
+
+
+def in_child(work: Callable[[], object]) -> None:
+    """Do `work` in a forked child; fail if it failed there."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# Cache
+
+
+def test_the_cache_answers_only_for_the_very_version() -> None:
+    """A change of another process is never missed."""
+    cache: SessionCache[str] = SessionCache(10)
+    cache.put("key", 3, "session")
+
+    assert cache.get("key", 3) == "session"
+    assert cache.get("key", 4) is None
+    assert cache.get("key", 2) is None
+    assert cache.get("other", 3) is None
+
+
+def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
+    cache: SessionCache[int] = SessionCache(3)
+    for number in range(4):
+        cache.put(str(number), 1, number)
+    cache.put("1", 2, 10)
+    cache.put("4", 1, 4)
+
+    assert [cache.get(str(n), 1) for n in (0, 2, 3, 4)] == [None, None, 3, 4]
+    assert cache.get("1", 2) == 10
+
+
+def test_a_cache_of_nothing_keeps_nothing() -> None:
+    cache: SessionCache[str] = SessionCache(0)
+    cache.put("key", 1, "session")
+
+    assert cache.get("key", 1) is None
+
+
+def test_the_cache_can_be_cleared() -> None:
+    cache: SessionCache[str] = SessionCache(3)
+    cache.put("key", 1, "session")
+    cache.clear()
+
+    assert cache.get("key", 1) is None
+
+
+# Counters
+
+
+def test_counters_add_up(tmp_path: Path) -> None:
+    counters = Counters(tmp_path / "store")
+    counters.add(Counter.REQUESTS)
+    counters.add(Counter.REQUESTS, 4)
+    counters.add(Counter.UPDATES)
+
+    assert counters.totals()[Counter.REQUESTS] == 5
+    assert counters.totals()[Counter.UPDATES] == 1
+    assert counters.totals()[Counter.LOADS] == 0
+    counters.close()
+
+
+def test_counts_outlive_the_process(tmp_path: Path) -> None:
+    first = Counters(tmp_path / "store")
+    first.add(Counter.REQUESTS, 3)
+    first.close()
+
+    second = Counters(tmp_path / "store")
+    second.add(Counter.REQUESTS)
+
+    assert second.totals()[Counter.REQUESTS] == 4
+    second.clear()
+    assert second.totals()[Counter.REQUESTS] == 0
+    second.close()
+
+
+def test_every_process_has_a_slot_of_its_own(tmp_path: Path) -> None:
+    """Two processes that count at once lose nothing."""
+    counters = Counters(tmp_path / "store")
+    counters.add(Counter.REQUESTS)
+
+    def count() -> None:
+        for _ in range(1000):
+            counters.add(Counter.REQUESTS)
+
+    for _ in range(4):
+        in_child(count)
+    counters.add(Counter.REQUESTS)
+
+    assert counters.totals()[Counter.REQUESTS] == 4002
+    counters.close()
+
+
+def test_a_child_leaves_the_slot_of_its_parent_alone(tmp_path: Path) -> None:
+    counters = Counters(tmp_path / "store")
+    counters.add(Counter.REQUESTS)
+    slots: list[int] = [counters._offset]
+
+    def claim() -> None:
+        counters.add(Counter.REQUESTS)
+        assert counters._offset != slots[0]
+
+    in_child(claim)
+    counters.close()
+
+
+def test_threads_lose_no_count(tmp_path: Path) -> None:
+    counters = Counters(tmp_path / "store")
+    counters.add(Counter.REQUESTS)
+
+    def count() -> None:
+        for _ in range(20_000):
+            counters.add(Counter.REQUESTS)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert counters.totals()[Counter.REQUESTS] == 80_001
+    counters.close()
+
+
+def test_without_a_place_it_counts_for_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counting never fails a request."""
+    counters = Counters(tmp_path / "no" / "such" / "place")
+
+    with caplog.at_level(logging.WARNING):
+        counters.add(Counter.REQUESTS)
+        counters.add(Counter.REQUESTS)
+
+    assert counters.totals()[Counter.REQUESTS] == 2
+    assert caplog.text.count("Counting for this process only") == 1
+
+
+def test_every_counter_has_its_place() -> None:
+    assert len(Counter) <= SLOT_WORDS
+    assert len({int(counter) for counter in Counter}) == len(Counter)
+    assert all(counter.__doc__ for counter in Counter)
+
+
+def test_more_processes_than_slots_share_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counters = Counters(tmp_path / "store")
+    monkeypatch.setattr("fcntl.lockf", _always_taken)
+
+    counters.add(Counter.REQUESTS)
+
+    assert counters._offset == (SLOTS - 1) * SLOT_WORDS
+    assert counters.totals()[Counter.REQUESTS] == 1
+    monkeypatch.undo()
+    counters.close()
+
+
+# Locks
+
+
+def test_a_lock_excludes_threads(tmp_path: Path) -> None:
+    lock = ProcessLock(tmp_path / "lock")
+    results: list[bool] = []
+
+    def try_it() -> None:
+        with lock.held(wait=False) as is_held:
+            results.append(is_held)
+
+    with lock.held(wait=False) as is_held:
+        assert is_held
+        thread = threading.Thread(target=try_it)
+        thread.start()
+        thread.join()
+    try_it()
+
+    assert results == [False, True]
+
+
+def test_a_lock_excludes_processes(tmp_path: Path) -> None:
+    lock = ProcessLock(tmp_path / "lock")
+
+    def is_refused() -> None:
+        with lock.held(wait=False) as is_held:
+            assert not is_held
+
+    with lock.held(wait=True) as is_held:
+        assert is_held
+        in_child(is_refused)
+
+
+def test_a_dead_holder_frees_the_lock(tmp_path: Path) -> None:
+    """Trap 6: locks do not survive their owner."""
+    lock = ProcessLock(tmp_path / "lock")
+
+    def die_holding() -> None:
+        lock.held(wait=True).__enter__()
+        os._exit(0)
+
+    in_child(die_holding)
+
+    with lock.held(wait=False) as is_held:
+        assert is_held
+
+
+# Forks
+
+
+def test_a_child_opens_the_store_for_itself(store: HostStore) -> None:
+    """gunicorn --preload, Celery prefork: used before the fork, used after it."""
+    store.set_note("parent", b"was here")
+
+    def use() -> None:
+        assert store.note("parent") == b"was here"
+        store.set_note("child", b"too")
+
+    for _ in range(3):
+        in_child(use)
+
+    assert store.note("child") == b"too"
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_while_threads_use_the_store(store: HostStore) -> None:
+    """Neither the child nor the threads of the parent notice anything."""
+    store.set_note("x", b"0")
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                store.set_note("x", b"1")
+                assert store.note("x") == b"1"
+        except BaseException as error:  # noqa: BLE001 - shown below
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(30):
+        in_child(lambda: store.set_note("child", b"1"))
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+    assert failures == []
+    assert store.note("child") == b"1"
+
+
+def _always_taken(*_: object) -> None:
+    raise BlockingIOError

@@ -1,0 +1,127 @@
+"""Records and their bytes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deferred_sessions import lifecycle
+from deferred_sessions.exceptions import DeferredSessionsError, RecordCorruptError
+from deferred_sessions.policy import Policy
+from deferred_sessions.record import (
+    CHANGED,
+    FORMAT,
+    TOMBSTONE,
+    TOUCHED,
+    SessionRecord,
+    decode,
+    decode_head,
+    encode,
+    encode_written,
+    split_rests,
+)
+
+times = st.floats(min_value=0, max_value=4e9)
+counts = st.integers(min_value=0, max_value=2**32 - 1)
+numbers = st.integers(min_value=0, max_value=2**64 - 1)
+records = st.builds(
+    SessionRecord,
+    key=st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=8, max_size=40),
+    payload=st.binary(max_size=500),
+    user_id=st.text(max_size=50),
+    flags=st.integers(min_value=0, max_value=7),
+    updates=counts,
+    requests=counts,
+    version=numbers,
+    stored_version=numbers,
+    fence=numbers,
+    created_at=times,
+    expires_at=times,
+    stored_expires_at=times,
+    written_at=times,
+    changed_at=times,
+    due_at=times,
+    used_at=times,
+)
+
+
+@given(records)
+def test_d02_a_record_survives_its_bytes(record: SessionRecord) -> None:
+    """D02: what is stored under an identifier is what comes back, field by field."""
+    assert decode(record.key, encode(record)) == record
+    assert decode(record.key, memoryview(encode(record))) == record
+
+
+@given(records)
+def test_head_is_the_fixed_part(record: SessionRecord) -> None:
+    """The head has the same figures, without decoding the rest."""
+    head = decode_head(encode(record))
+
+    assert head[2:] == record[3:]
+    assert split_rests([(head, encode(record))]) == ([record.user_id], [record.payload])
+
+
+@given(records)
+def test_written_bytes_are_those_of_the_written_record(record: SessionRecord) -> None:
+    """The shortcut of the flusher does what `lifecycle.written` does."""
+    record = record._replace(flags=CHANGED)
+    expected = lifecycle.written(
+        record._replace(stored_version=0),
+        version=record.version,
+        expires_at=record.expires_at,
+        now=123.0,
+        policy=Policy(60.0),
+    )
+
+    data = encode(record)
+
+    assert decode(record.key, encode_written(data, decode_head(data), 123.0)) == expected
+
+
+@given(records, st.data())
+def test_cut_bytes_are_refused(record: SessionRecord, data: st.DataObject) -> None:
+    """A record that is cut short in its fixed part or its user id is not taken for one."""
+    whole = encode(record._replace(payload=b"", user_id=record.user_id + "u"))
+    length = data.draw(st.integers(min_value=0, max_value=len(whole) - 1))
+
+    with pytest.raises(RecordCorruptError, match="cut short"):
+        decode(record.key, whole[:length])
+
+
+def test_unknown_layout_is_refused() -> None:
+    """A record of a later release says so instead of being misread."""
+    data = bytes([FORMAT + 1]) + bytes(200)
+
+    with pytest.raises(RecordCorruptError, match="layout 2 is unknown"):
+        decode("somekey1", data)
+
+
+def test_versions_do_not_wrap() -> None:
+    """Trap 11: versions have 64 bits."""
+    big = 2**64 - 1
+    record = _record()._replace(version=big, stored_version=big, fence=big)
+
+    assert decode(record.key, encode(record)).version == big
+
+
+def test_flags_are_told_apart() -> None:
+    clean = _record()
+
+    assert not clean.is_dirty
+    assert clean._replace(flags=TOUCHED).is_dirty
+    assert not clean._replace(flags=TOUCHED).is_changed
+    assert clean._replace(flags=CHANGED | TOUCHED).is_changed
+    assert clean._replace(flags=TOMBSTONE).is_tombstone
+    assert math.isfinite(clean.due_at)
+
+
+def test_errors_have_one_root() -> None:
+    assert issubclass(RecordCorruptError, DeferredSessionsError)
+    assert issubclass(RecordCorruptError, ValueError)
+
+
+def _record() -> SessionRecord:
+    return SessionRecord("k" * 32, b"{}", "", 0, 0, 0, 1, 1, 0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 1.0)
