@@ -32,15 +32,15 @@ class DeferredSessionsConfig(AppConfig):
 
 
 def _on_request_started(**_: Any) -> None:
-    from deferred_sessions.runtime import current_runtime  # noqa: PLC0415
+    from deferred_sessions.runtime import get_runtime_in_use  # noqa: PLC0415
 
-    if (runtime := current_runtime()) is not None:
+    if (runtime := get_runtime_in_use()) is not None:
         runtime.request_end.begin()
 
 
 def _on_request_finished(sender: type[object] | None, **_: Any) -> None:
-    from deferred_sessions.runtime import current_runtime  # noqa: PLC0415
+    from deferred_sessions.runtime import get_runtime_in_use  # noqa: PLC0415
 
-    if (runtime := current_runtime()) is not None:
+    if (runtime := get_runtime_in_use()) is not None:
         stays = sender is not None and issubclass(sender, WSGIHandler)
         runtime.request_end.finish(time.time(), on_this_thread=stays)

@@ -120,7 +120,7 @@ def relations() -> Iterator[Problem]:
             f"The database {alias!r} is {connections[alias].display_name}, not PostgreSQL.",
             "Name a PostgreSQL database in DEFERRED_SESSIONS['SERVERS'].",
         )
-    if django_settings.SESSION_ENGINE != ENGINE:
+    if not is_in_use():
         yield Problem(
             "W001",
             f"SESSION_ENGINE is {django_settings.SESSION_ENGINE!r}, so deferred_sessions "
@@ -151,6 +151,11 @@ def get_settings() -> Settings:
         if name in values:
             values[name] = tuple(values[name])
     return Settings(**values)
+
+
+def is_in_use() -> bool:
+    """Tell whether this project's sessions are ours: installed, and named as the engine."""
+    return bool(django_settings.SESSION_ENGINE == ENGINE)
 
 
 def session_serializer() -> Any:

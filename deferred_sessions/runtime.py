@@ -18,6 +18,7 @@ from deferred_sessions.conf import (
     NAME,
     Settings,
     get_settings,
+    is_in_use,
     session_serializer,
     store_identity,
 )
@@ -70,9 +71,9 @@ def get_runtime() -> Runtime:
     return _built[0]
 
 
-def current_runtime() -> Runtime | None:
-    """Return the runtime of this process if anything has used one yet."""
-    return _built[0] if _built else None
+def get_runtime_in_use() -> Runtime | None:
+    """Return the runtime of this process, or None if the project uses another engine."""
+    return get_runtime() if is_in_use() else None
 
 
 def reset_runtime() -> None:

@@ -21,6 +21,7 @@ import lmdb
 
 from deferred_sessions.exceptions import (
     RecordCorruptError,
+    StoreError,
     StoreMismatchError,
     StoreUnavailableError,
 )
@@ -70,11 +71,15 @@ class MappedFile:
         """
         with self._gate:
             if self.databases is None:
-                place.make_private(self.directory)
-                with place.opening(self.directory):
-                    place.check_contents(self.directory)
-                    place.discard_after_reboot(self.directory)
-                    self.databases = self._open_file()
+                try:
+                    self.databases = self._open_directory()
+                except StoreError:
+                    raise
+                except OSError as error:
+                    raise StoreUnavailableError(
+                        f"Cannot open the session store in {self.directory}: {error.strerror}. "
+                        "Make room, or name another DEFERRED_SESSIONS['DIRECTORY']."
+                    ) from error
                 forks.watch(self)
             return self.databases
 
@@ -98,6 +103,13 @@ class MappedFile:
     def after_fork(self, *, in_child: bool) -> None:  # noqa: ARG002
         """Let the next use open the map again, on either side."""
         self._gate.release()
+
+    def _open_directory(self) -> Databases:
+        place.make_private(self.directory)
+        with place.opening(self.directory):
+            place.check_contents(self.directory)
+            place.discard_after_reboot(self.directory)
+            return self._open_file()
 
     def _open_file(self) -> Databases:
         data_file = self.directory / place.DATA_FILE

@@ -11,6 +11,7 @@ inside the write transaction that all processes of the host queue for.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar, TypeVarTuple
@@ -23,7 +24,7 @@ from deferred_sessions.memory import tables
 from deferred_sessions.memory.directory import PAGE
 from deferred_sessions.memory.environment import Databases, MappedFile
 from deferred_sessions.memory.tables import Change, Dirty, Transition
-from deferred_sessions.record import Head, SessionRecord, decode
+from deferred_sessions.record import Head, SessionRecord
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ Work = Callable[[lmdb.Transaction, Databases, *Ts], T]
 HIGH_WATER: Final = 0.85  # share of the map in use above which sessions are evicted
 FULL_WATER: Final = 0.92  # and above which nothing may grow: to remove takes pages, too
 LOOK_SHARE: Final = 1 / 1024  # of the map: how much a process writes between two looks
+PAUSES: Final = (0.0, 0.001, 0.004, 0.016, 0.064)  # seconds between tries for room
 BATCH: Final = 256  # records per transaction, so that other writers wait < 1 ms
 
 
@@ -156,15 +158,14 @@ class HostStore:
         return self._read(tables.find, keys)
 
     def scan(self) -> Iterator[SessionRecord]:
-        """Yield all records by key, as they stood at one instant.
+        """Yield all records by key, those of each page as they stood at one instant.
 
-        Holds a read snapshot meanwhile: nobody waits, but replaced pages are not
-        reused until it ends.
+        One snapshot for all would keep replaced pages from being used again meanwhile.
         """
-        dbs = self._file.databases or self._file.open()
-        with dbs.env.begin(dbs.records) as txn:
-            for key, data in txn.cursor(dbs.records):
-                yield decode(key.decode(), data)
+        after = ""
+        while page := self._read(tables.page, after, BATCH):
+            yield from page
+            after = page[-1].key
 
     # Room
 
@@ -239,15 +240,15 @@ class HostStore:
                 self._cure(dbs, error)
 
     def _write(self, work: Work[*Ts, T], *args: *Ts) -> T:
-        has_made_room = False
+        pauses = iter(PAUSES)
         while True:
             dbs = self._file.databases or self._file.open()
             try:
                 return _transact(dbs, True, work, *args)
             except lmdb.MapFullError as error:
-                if has_made_room or not self._make_room():
+                if not self._make_room() and self._is_full():
                     raise StoreFullError(tables.FULL) from error
-                has_made_room = True
+                self._wait_for_readers(next(pauses, None), error)
             except lmdb.Error as error:
                 self._cure(dbs, error)
 
@@ -264,14 +265,26 @@ class HostStore:
             f"The session store in {self.directory} failed: {error}"
         ) from error
 
+    def _is_full(self) -> bool:
+        status = self.status()
+        return status.used > FULL_WATER * status.size
+
+    def _wait_for_readers(self, pause: float | None, error: lmdb.Error) -> None:
+        """Give slow readers time to let go of the pages that were replaced meanwhile."""
+        if pause is None:
+            raise StoreFullError(
+                "A process that reads the session store holds on to replaced pages; is "
+                "one of this host's processes stopped?"
+            ) from error
+        time.sleep(pause)
+
     def _look(self) -> None:
         """Look at the level of the map; evict a little if it is high, stop growth if full."""
         self._written = 0
         status = self.status()
         if status.used > HIGH_WATER * status.size:
             self._make_room()
-            status = self.status()
-        self._may_grow = status.used <= FULL_WATER * status.size
+        self._may_grow = not self._is_full()
 
     def _make_room(self) -> bool:
         """Evict a batch of clean sessions; return whether anything was gained."""

@@ -56,6 +56,12 @@ def head(txn: lmdb.Transaction, _dbs: Databases, key: str) -> Head | None:
     return None if data is None else decode_head(data)
 
 
+def page(txn: lmdb.Transaction, dbs: Databases, after: str, limit: int) -> list[SessionRecord]:
+    """Return the `limit` records that follow the key `after`."""
+    names = _entries(txn, dbs.records, after.encode() + b"\0", limit)
+    return [decode(name.decode(), txn.get(name, b"")) for name in names]
+
+
 def update(
     txn: lmdb.Transaction, dbs: Databases, key: str, transition: Transition, may_grow: bool
 ) -> Change:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -349,14 +350,34 @@ def test_expired_sessions_are_forgotten_unless_dirty(store: HostStore) -> None:
     assert [store.get(key(n)) is not None for n in (1, 2, 3)] == [False, True, True]
 
 
-def test_scan_sees_one_instant(store: HostStore) -> None:
-    for number in range(3):
+def test_scan_pages_through_all(store: HostStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deferred_sessions.memory.store.BATCH", 2)
+    for number in range(5):
         put(store, key(number))
-    scan = store.scan()
-    first = next(scan)
-    put(store, key(9))
 
-    assert [first.key, *(record.key for record in scan)] == [key(0), key(1), key(2)]
+    assert [record.key for record in store.scan()] == [key(number) for number in range(5)]
+
+
+def test_a_slow_reader_makes_writers_wait(
+    store: HostStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It pins the pages that were replaced since; they wait a moment before giving up."""
+    store.open()
+    assert store._file.databases is not None
+    reader = store._file.databases.env.begin()
+
+    with pytest.raises(StoreFullError, match="is one of this host's processes stopped"):
+        for _ in range(store.status().size // 4096):
+            store.set_note("x", b"1")
+
+    monkeypatch.setattr("deferred_sessions.memory.store.PAUSES", _pauses_until(reader.abort))
+    store.set_note("x", b"1")
+
+
+def _pauses_until(reader_ends: Callable[[], None]) -> Iterator[float]:
+    yield 0.0
+    reader_ends()
+    yield 0.0
 
 
 def test_oldest_change(store: HostStore) -> None:

@@ -1,0 +1,3 @@
+"""Tests on real PostgreSQL."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Tests without I/O, or with nothing but files."""
+
+from __future__ import annotations
