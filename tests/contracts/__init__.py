@@ -1,0 +1,3 @@
+"""What Django expects of a session engine."""
+
+from __future__ import annotations
