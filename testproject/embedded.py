@@ -45,7 +45,8 @@ def _provide_runtime_directory() -> None:
     if "XDG_RUNTIME_DIR" not in os.environ:
         runtime = Path(tempfile.gettempdir()) / f"deferred-sessions-runtime-{os.getuid()}"
         for path in (runtime, runtime / "python_PostgresServer"):
-            path.mkdir(mode=0o700, exist_ok=True)
+            path.mkdir(exist_ok=True)
+            path.chmod(0o700)
         os.environ["XDG_RUNTIME_DIR"] = str(runtime)
 
 

@@ -30,6 +30,8 @@ ROOT_URLCONF = "testproject.urls"
 USE_TZ = True
 TIME_ZONE = "UTC"
 STATIC_URL = "static/"
+WHITENOISE_USE_FINDERS = True
+WHITENOISE_AUTOREFRESH = False
 
 INSTALLED_APPS = [
     "django.contrib.admin",
@@ -40,10 +42,12 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
     "deferred_sessions",
     "testproject.shop",
+    *filter(None, os.environ.get("EXTRA_APPS", "").split(",")),
 ]
 
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",

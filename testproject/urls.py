@@ -8,4 +8,5 @@ from django.urls import include, path
 urlpatterns = [
     path("admin/", admin.site.urls),
     path("probe/", include("testproject.probe")),
+    path("", include("testproject.shop.urls")),
 ]

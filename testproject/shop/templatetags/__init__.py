@@ -1,0 +1,3 @@
+"""Template filters of the shop."""
+
+from __future__ import annotations
