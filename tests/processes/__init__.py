@@ -1,0 +1,3 @@
+"""Tests with real subprocesses."""
+
+from __future__ import annotations

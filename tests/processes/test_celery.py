@@ -1,0 +1,126 @@
+"""A real Celery worker with beat: the poller on real brokers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.models import Session
+from deferred_sessions.runtime import get_runtime
+from tests.processes.conftest import Site, Visitor, wait_until
+
+TICK = 1.0
+
+BROKERS = [
+    "filesystem",
+    pytest.param("REDIS_URL", marks=pytest.mark.broker("redis")),
+    pytest.param("RABBITMQ_URL", marks=pytest.mark.broker("rabbitmq")),
+]
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """The environment that names a broker; CI provides all of them."""
+    environment = {"FLUSH_TICK": str(TICK), "BROKER_DIRECTORY": str(tmp_path / "broker")}
+    for folder in ("messages", "control"):
+        (tmp_path / "broker" / folder).mkdir(parents=True)
+    if request.param == "filesystem":
+        return {**environment, "BROKER_URL": "filesystem://"}
+    if request.param not in os.environ:
+        if "CI" in os.environ:
+            pytest.fail(f"{request.param} is not set, but CI must test this broker.")
+        pytest.skip(f"{request.param} is not set.")
+    return {**environment, "BROKER_URL": os.environ[request.param]}
+
+
+def start_worker(
+    site: Site, environment: dict[str, str], *options: str, name: str = "one"
+) -> subprocess.Popen[bytes]:
+    return site.start(
+        *("-m", "celery", "-A", "testproject", "worker", "--loglevel=INFO"),
+        *("--concurrency=2", f"--hostname={name}@test", "--without-mingle", *options),
+        env=environment,
+        kill=True,
+    )
+
+
+def changed() -> SessionStore:
+    session = SessionStore()
+    session["n"] = 0
+    session.save()
+    session["n"] = 1
+    session.save()
+    return session
+
+
+def is_flushed(session: SessionStore) -> bool:
+    return bool(Session.objects.get(pk=session.session_key).get_decoded() == {"n": 1})
+
+
+def test_worker_and_beat_flush_within_interval_and_one_tick(
+    make_site: Callable[..., Site], broker: dict[str, str], tmp_path: Path
+) -> None:
+    """A05, D06: beat ticks, the worker on the host writes what is due, in time."""
+    site = make_site(FLUSH_INTERVAL=2.0)
+    start_worker(site, broker, "--beat", f"--schedule={tmp_path / 'schedule'}")
+    wait_until(get_runtime().flusher.last_report, what="the first tick")
+
+    session = changed()
+    started = time.monotonic()
+    assert not is_flushed(session)
+    wait_until(lambda: is_flushed(session), what="the flush")
+
+    assert time.monotonic() - started < 2.0 + TICK + 2.0  # the last for a busy machine
+
+
+def test_the_tick_reaches_the_worker_of_every_node(
+    make_site: Callable[..., Site], broker: dict[str, str], tmp_path: Path
+) -> None:
+    """A10: two nodes, one beat: the worker on each flushes the store of its own host.
+
+    On Redis a Broadcast message is lost unless the publisher declares the exchange.
+    """
+    nodes = []
+    for number in range(2):
+        site = make_site(tmp_path / f"node{number}", FLUSH_INTERVAL=1.0)
+        session = changed()
+        nodes.append((site, session))
+    for number, (site, _) in enumerate(nodes):
+        # The second worker listens to a queue of its own only, as its operator told it.
+        start_worker(site, broker, f"--queues=queue{number}", name=f"node{number}")
+    site.start(
+        *("-m", "celery", "-A", "testproject", "beat"),
+        *("--schedule", str(tmp_path / "schedule"), "--pidfile="),
+        env=broker,
+        kill=True,
+    )
+
+    for _, session in nodes:
+        wait_until(lambda session=session: is_flushed(session), what="the flush on each node")
+
+
+def test_web_workers_and_poller_together(make_site: Callable[..., Site], tmp_path: Path) -> None:
+    """The whole: requests through several web workers, written by the poller behind them."""
+    for folder in ("messages", "control"):
+        (tmp_path / folder).mkdir()
+    broker = {"BROKER_DIRECTORY": str(tmp_path), "FLUSH_TICK": "0.5"}
+    site = make_site(FLUSH_INTERVAL=1.0)
+    server = site.web("--workers=2")
+    start_worker(site, broker, "--beat", f"--schedule={tmp_path / 'schedule'}")
+    visitors = [Visitor() for _ in range(5)]
+    for _ in range(20):
+        for visitor in visitors:
+            visitor.get(server.url("/probe/count/"))
+
+    def stored() -> Any:
+        return [Session.objects.get(pk=visitor.key).get_decoded()["count"] for visitor in visitors]
+
+    wait_until(lambda: stored() == [20] * 5, what="the flush of all visitors")
+    wait_until(lambda: get_runtime().store.status().dirty == 0, what="a clean store")
