@@ -3,6 +3,9 @@
 Read by people, the admin and Django's own tools; the package itself goes through
 `servers.sql`. Invariant: no index stands on a column that slides with every write,
 so that a flush is a HOT update that touches no index.
+
+The table has one column more, `expire_day`, which PostgreSQL keeps (migration 0002). As
+a field here it would make Django's checks connect to the database.
 """
 
 from __future__ import annotations
@@ -28,17 +31,6 @@ class Session(AbstractBaseSession):
     )
     session_data = models.TextField(_("session data"))
     expire_date = models.DateTimeField(_("expire date"))
-    expire_day = models.GeneratedField(
-        # Not TruncDate: a migration cannot express its time zone.
-        expression=models.Func(
-            "expire_date",
-            template="(%(expressions)s AT TIME ZONE 'UTC')::date",
-            output_field=models.DateField(),
-        ),
-        output_field=models.DateField(_("expire day")),
-        db_persist=True,
-        db_index=True,
-    )
     version = models.BigIntegerField(
         _("version"), default=1, db_default=1, help_text=_("Grows with each change.")
     )

@@ -74,7 +74,7 @@ def _run(stack: ExitStack) -> int:
     address = f"http://{HOST}:{port}/"
     _wait_for(address, processes)
     _say(f"The shop is open: {address}")
-    _say(f"Send visitors:    python manage.py visitors {address}")
+    _say(f"Send visitors:    {_python()} -m testproject.visitors {address}")
     _say("Ctrl-C stops everything.")
     while True:
         _check(processes)
@@ -154,6 +154,12 @@ def _check(processes: dict[str, subprocess.Popen[bytes]]) -> None:
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
     raise Stop
+
+
+def _python() -> str:
+    """Return this interpreter as somebody in this directory would type it."""
+    here = f"{Path.cwd()}{os.sep}"
+    return sys.executable.removeprefix(here)
 
 
 def _say(text: str) -> None:

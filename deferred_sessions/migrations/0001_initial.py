@@ -30,19 +30,6 @@ class Migration(migrations.Migration):
                 ("session_data", models.TextField(verbose_name="session data")),
                 ("expire_date", models.DateTimeField(verbose_name="expire date")),
                 (
-                    "expire_day",
-                    models.GeneratedField(
-                        db_index=True,
-                        db_persist=True,
-                        expression=models.Func(
-                            "expire_date",
-                            output_field=models.DateField(),
-                            template="(%(expressions)s AT TIME ZONE 'UTC')::date",
-                        ),
-                        output_field=models.DateField(verbose_name="expire day"),
-                    ),
-                ),
-                (
                     "version",
                     models.BigIntegerField(
                         db_default=1,

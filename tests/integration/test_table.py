@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
+import sys
 import time
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from django.core.management import call_command
@@ -78,15 +82,37 @@ def test_flushes_are_hot_updates(runtime: Runtime) -> None:
 
 
 def test_the_day_follows_the_expiry() -> None:
-    session = Session.objects.create(
+    Session.objects.create(
         session_key="somesession", session_data="", expire_date="2030-05-06T23:59:00+02:00"
     )
-    session.refresh_from_db()
-    assert session.expire_day == datetime.date(2030, 5, 6)
+    days = "SELECT expire_day FROM deferred_sessions_session"
+    assert query(days) == [(datetime.date(2030, 5, 6),)]
 
     Session.objects.update(expire_date="2030-05-07T01:30:00+02:00")
-    session.refresh_from_db()
-    assert session.expire_day == datetime.date(2030, 5, 6)
+    assert query(days) == [(datetime.date(2030, 5, 6),)]
+
+    Session.objects.update(expire_date="2030-05-07T02:30:00+02:00")
+    assert query(days) == [(datetime.date(2030, 5, 7),)]
+
+
+def test_the_migrations_can_be_undone() -> None:
+    call_command("migrate", "deferred_sessions", "zero", verbosity=0)
+    assert "deferred_sessions_session" not in connection.introspection.table_names()
+    call_command("migrate", "deferred_sessions", verbosity=0)
+    assert Session.objects.count() == 0
+
+
+def test_checks_need_no_database() -> None:
+    """A worker must be able to start while PostgreSQL is away."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "manage.py", "check"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/nothing"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_rows_made_by_others_have_sound_defaults() -> None:
