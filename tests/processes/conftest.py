@@ -110,10 +110,11 @@ class Site:
 
     def run(self, *command: str, **options: Any) -> str:
         """Run a process to its end; return what it printed."""
+        environment = {**self.environment, **options.pop("env", {})}
         done = subprocess.run(
             [sys.executable, *command],
             cwd=ROOT,
-            env=self.environment,
+            env=environment,
             check=True,
             capture_output=True,
             text=True,

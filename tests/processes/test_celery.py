@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import get_runtime
+from deferred_sessions.schedule import CLEAR_TASK, FLUSH_TASK
 from tests.processes.conftest import Site, Visitor, wait_until
 
 TICK = 1.0
@@ -104,6 +106,40 @@ def test_the_tick_reaches_the_worker_of_every_node(
 
     for _, session in nodes:
         wait_until(lambda session=session: is_flushed(session), what="the flush on each node")
+
+
+@pytest.fixture
+def database_scheduler(make_site: Callable[..., Site]) -> Iterator[dict[str, str]]:
+    """The environment of a site that keeps its schedule in tables, which are made for it."""
+    if importlib.util.find_spec("django_celery_beat") is None:
+        pytest.skip("django-celery-beat is not installed; it does not support this Django yet.")
+    site, environment = make_site(), {"EXTRA_APPS": "django_celery_beat"}
+    site.run("manage.py", "migrate", "django_celery_beat", env=environment)
+    yield environment
+    site.run("manage.py", "migrate", "django_celery_beat", "zero", env=environment)
+
+
+@pytest.mark.parametrize("broker", ["filesystem"], indirect=True)
+def test_django_celery_beat_takes_the_entry_from_the_settings(
+    make_site: Callable[..., Site], broker: dict[str, str], database_scheduler: dict[str, str]
+) -> None:
+    """A05: a schedule kept in the database drives the poller as well.
+
+    It does not take over the entry's `expires`; the one of the task itself stands in.
+    """
+    site = make_site(FLUSH_INTERVAL=1.0)
+    environment = broker | database_scheduler
+    start_worker(
+        *(site, environment, "--beat"),
+        *("--scheduler", "django_celery_beat.schedulers:DatabaseScheduler"),
+    )
+    session = changed()
+    wait_until(lambda: is_flushed(session), what="the flush")
+
+    listing = "from django_celery_beat.models import PeriodicTask as T; "
+    listing += "print(*T.objects.values_list('task', flat=True))"
+    entries = site.run("manage.py", "shell", "-c", listing, env=environment)
+    assert {FLUSH_TASK, CLEAR_TASK} <= set(entries.split())
 
 
 def test_web_workers_and_poller_together(make_site: Callable[..., Site], tmp_path: Path) -> None:
