@@ -105,7 +105,7 @@ def saved(  # noqa: PLR0917 - positional, because each save pays for keywords
         return touched(record, expires_at=expires_at, now=now, policy=policy)
     updates += 1
     flags = CHANGED | TOUCHED if expires_at > stored_expires_at else CHANGED
-    if flags != old_flags or policy.has_reached_count(updates, requests):
+    if flags != old_flags or (due_at > now and policy.has_reached_count(updates, requests)):
         due_at = policy.due_at(
             now,
             known=due_at or NEVER,

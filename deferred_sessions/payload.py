@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import marshal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import compress
 from json.encoder import encode_basestring_ascii
 from operator import is_not
@@ -33,6 +33,7 @@ _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _TEXT: Final = frozenset({str})
 _MISSING: Final = object()
 _NESTED: Final = object()
+_NOTHING: Final[Mapping[str, Any]] = {}
 _MARSHAL: Final = 2  # no references and no interning: equal values make equal bytes
 _loaded: Final = marshal.loads
 _encode_value: Final = json.JSONEncoder(separators=(",", ":")).encode
@@ -130,17 +131,19 @@ class _JsonSnapshot:
 
     __slots__ = ("_fragments", "_nested", "_nested_keys", "_values", "is_own", "payload")
 
-    def __init__(self, payload: bytes, *, is_own: bool = False) -> None:
+    def __init__(
+        self, payload: bytes, fragments: Mapping[str, str] = _NOTHING, *, is_own: bool = False
+    ) -> None:
         self.payload = payload
         self.is_own = is_own
         """This process made the payload, so it may well make the next one, too."""
         self._values: Session | None = None
         """All keys, in order; scalars are shared, for others `_NESTED` stands in."""
-        self._nested_keys: dict[str, None] = {}
+        self._nested_keys: Mapping[str, None] = _NOTHING
         """The keys of the values that are not scalars, in order."""
         self._nested = b""
         """The list of those values, marshalled."""
-        self._fragments: dict[str, str] = {}
+        self._fragments = fragments
         """The text of all keys and values as it stands in the payload, if known."""
 
     def copy(self) -> Session:
@@ -155,19 +158,21 @@ class _JsonSnapshot:
         changed = self._changed_keys(session, values, has_same_keys=has_same_keys)
         if has_same_keys and not changed:
             return self, ()
-        if not self.is_own or not _TEXT.issuperset(map(type, session)):
+        if not (known and has_same_keys) and not (
+            self.is_own and _TEXT.issuperset(map(type, session))
+        ):
             # Taking a payload apart pays only for a session that this process goes on
             # writing; and a key that is no string becomes one in JSON.
             after = _JsonSnapshot(JSONSerializer().dumps(session), is_own=True)
             return after, _with_removed(changed, session, values)
         if known and has_same_keys:
-            fragments = known.copy()
+            fragments = {**known}
         else:
             fragments = {key: known.get(key, "") for key in session}
         for key in changed if known else session:
             fragments[key] = _fragment(key, session[key])
-        after = _JsonSnapshot(f"{{{','.join(fragments.values())}}}".encode("latin-1"), is_own=True)
-        after._fragments = fragments
+        payload = f"{{{','.join(fragments.values())}}}".encode("latin-1")
+        after = _JsonSnapshot(payload, fragments, is_own=True)
         if has_same_keys and self._are_scalars(session, changed):
             after._nested, after._nested_keys = self._nested, self._nested_keys
             after._values = values.copy()

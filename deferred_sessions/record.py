@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from deferred_sessions.exceptions import RecordCorruptError
 
@@ -32,6 +32,7 @@ TOMBSTONE: Final = 4  # a remembered deletion; the payload is empty
 DIRTY: Final = CHANGED | TOUCHED
 
 _HEADER: Final = struct.Struct("<BHBIIQQQddddddd")
+_SIZE: Final = _HEADER.size
 
 
 class SessionRecord(NamedTuple):
@@ -119,16 +120,7 @@ def decode_head(data: memoryview | bytes) -> Head:
     Raises:
         RecordCorruptError: Too short, or of a layout this version does not know.
     """
-    try:
-        # Not _make, here and below: this is the hot path, and the layout fits.
-        head: Head = tuple.__new__(Head, _HEADER.unpack_from(data))
-    except struct.error as error:
-        raise RecordCorruptError(f"A record of {len(data)} bytes is cut short.") from error
-    if head[0] != FORMAT:
-        raise RecordCorruptError(
-            f"Record layout {head.layout} is unknown; this version reads layout {FORMAT}."
-        )
-    return head
+    return tuple.__new__(Head, _fields(data))  # not _make: this is the hot path
 
 
 def decode(key: str, data: memoryview | bytes) -> SessionRecord:
@@ -137,22 +129,33 @@ def decode(key: str, data: memoryview | bytes) -> SessionRecord:
     Raises:
         RecordCorruptError: Too short, or of a layout this version does not know.
     """
-    head = decode_head(data)
-    start = _HEADER.size + head[1]
+    fields = _fields(data)
+    start = _SIZE + fields[1]
     if start > len(data):
         raise RecordCorruptError(f"A record of {len(data)} bytes is cut short.")
-    user_id = str(data[_HEADER.size : start], "utf-8") if head[1] else ""
-    return tuple.__new__(SessionRecord, (key, bytes(data[start:]), user_id, *head[2:]))
+    user_id = str(data[_SIZE:start], "utf-8") if fields[1] else ""
+    return tuple.__new__(SessionRecord, (key, bytes(data[start:]), user_id, *fields[2:]))
+
+
+def _fields(data: memoryview | bytes) -> tuple[Any, ...]:
+    try:
+        fields = _HEADER.unpack_from(data)
+    except struct.error as error:
+        raise RecordCorruptError(f"A record of {len(data)} bytes is cut short.") from error
+    if fields[0] != FORMAT:
+        raise RecordCorruptError(
+            f"Record layout {fields[0]} is unknown; this version reads layout {FORMAT}."
+        )
+    return fields
 
 
 def split_rests(records: Iterable[tuple[Head, bytes]]) -> tuple[list[str], list[bytes]]:
     """Return the user ids and the payloads that stand behind the heads of `records`."""
     user_ids: list[str] = []
     payloads: list[bytes] = []
-    size = _HEADER.size
     for head, data in records:
-        start = size + head[1]
-        user_ids.append(data[size:start].decode() if head[1] else "")
+        start = _SIZE + head[1]
+        user_ids.append(data[_SIZE:start].decode() if head[1] else "")
         payloads.append(data[start:])
     return user_ids, payloads
 
@@ -171,4 +174,4 @@ def encode_written(data: bytes, head: Head, now: float) -> bytes:
         layout, user_length, 0, 0, 0, version, version, fence,
         created_at, expires_at, expires_at, now, 0.0, 0.0, used_at,
     )  # fmt: skip
-    return written + data[_HEADER.size :]
+    return written + data[_SIZE:]

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 security_logger = logging.getLogger("django.security.SuspiciousSession")  # as Django does
 
 ATTEMPTS: Final = 5  # at saving a session that keeps being evicted meanwhile
+LOG_INTERVAL: Final = 60.0  # seconds between messages of the same outage
 DELETED: Final = "The session was deleted before it was saved."
 
 
@@ -102,6 +103,7 @@ class Tiers:
         self._policy = policy
         self._write_on_create = write_on_create
         self._create_when_down = create_when_down
+        self._logged_at = -LOG_INTERVAL
 
     # Load
 
@@ -263,7 +265,7 @@ class Tiers:
                 if not self._create_when_down:
                     raise
                 record = lifecycle.due_again(record, due_at=now)
-                self._log_postponed(error)
+                self._log_postponed(error, now)
             else:
                 self._counters.add(Counter.ROWS_WRITTEN)
                 self._counters.add(Counter.STATEMENTS)
@@ -372,12 +374,15 @@ class Tiers:
 
     def _postpone(self, key: str, now: float, error: Exception) -> None:
         self._store.update(key, lambda known: known and lifecycle.due_again(known, due_at=now))
-        self._log_postponed(error)
+        self._log_postponed(error, now)
 
-    def _log_postponed(self, error: Exception) -> None:
+    def _log_postponed(self, error: Exception, now: float) -> None:
         self._counters.add(Counter.WRITES_POSTPONED)
+        if now - self._logged_at < LOG_INTERVAL:  # an outage would fill the log
+            return
+        self._logged_at = now
         logger.warning(
-            "A session that must not wait is kept in memory for now: %s",
+            "Sessions that must not wait are kept in memory for now: %s",
             error,
             extra={"action": "write_postponed"},
         )

@@ -12,6 +12,8 @@ from django.db import connection
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.models import Session
+from deferred_sessions.record import SessionRecord
+from deferred_sessions.runtime import Runtime
 
 
 @pytest.fixture
@@ -72,3 +74,37 @@ def second_connection() -> psycopg.Connection[Any]:
     for name in ("context", "cursor_factory", "prepare_threshold"):
         parameters.pop(name, None)
     return psycopg.connect(**parameters, autocommit=True)
+
+
+def created(**values: Any) -> SessionStore:
+    """Return a session that was created with these values."""
+    session = SessionStore()
+    session.update(values)
+    session.save()
+    return session
+
+
+def change(session: SessionStore, **values: Any) -> SessionStore:
+    """Change a session, as another request does."""
+    again = SessionStore(session.session_key)
+    again.update(values)
+    again.save()
+    return again
+
+
+def dirty(count: int) -> list[SessionStore]:
+    """Return so many sessions with a change that PostgreSQL lacks."""
+    return [change(created(n=0), n=number + 1) for number in range(count)]
+
+
+def record(runtime: Runtime, session: SessionStore) -> SessionRecord:
+    """Return what memory has of a session."""
+    found = runtime.store.get(session.session_key or "")
+    assert found is not None
+    return found
+
+
+def forget(runtime: Runtime) -> None:
+    """Empty the memory of this host, as a restart of the host would."""
+    runtime.store.clear()
+    runtime.cache.clear()

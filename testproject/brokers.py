@@ -1,6 +1,6 @@
 """Runs a command with Redis and RabbitMQ of its own, on loopback and free ports.
 
-    python .ci/brokers.py python -m pytest tests/processes
+    python -m testproject.brokers python -m pytest tests/processes
 
 The command finds them in REDIS_URL and RABBITMQ_URL. Both come from the system's
 packages (redis-server, rabbitmq-server); what was started is stopped, by process id.

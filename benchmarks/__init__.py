@@ -1,0 +1,1 @@
+"""Measurements beside Django's engines; `python -m benchmarks` runs them all."""

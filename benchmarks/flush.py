@@ -1,0 +1,122 @@
+"""The flush beside the bare statement it consists of, on the same PostgreSQL.
+
+The bare statement gets its arrays ready-made: what is measured is PostgreSQL and the
+connection. The flush finds what is due, encodes it, sends it and marks it clean.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import psycopg
+from django.db import connection
+
+from benchmarks.engines import content
+from benchmarks.measure import median, seconds, table, take_turns
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.models import Session
+from deferred_sessions.runtime import Runtime, get_runtime
+from deferred_sessions.servers import sql
+from deferred_sessions.servers.server import Columns
+from deferred_sessions.writer import RecordWriter
+
+NUMBERS = (1_000, 10_000)
+ROUNDS = 11
+SIZE = 300
+
+
+def measure() -> Iterator[str]:
+    """Yield one table."""
+    rows = []
+    for number in NUMBERS:
+        bench = Bench(number)
+        figures = take_turns(
+            {"bare": bench.bare_statement, "flush": bench.flush, "one": bench.one_statement},
+            ROUNDS,
+        )
+        bare = number / median(figures["bare"])
+        flush = number / median(figures["flush"])
+        one = number / median(figures["one"])
+        share = f"{flush / bare:.2f}"
+        rows.append((f"{number:,} dirty", f"{bare:,.0f}", f"{one:,.0f}", f"{flush:,.0f}", share))
+    yield table(
+        ("300-byte sessions", "bare, in batches", "bare, at once", "flush", "flush / bare"),
+        rows,
+    )
+
+
+class Bench:
+    """`number` sessions that get dirty again and again."""
+
+    def __init__(self, number: int) -> None:
+        self._runtime: Runtime = get_runtime()
+        self._runtime.store.clear()
+        Session.objects.all().delete()
+        self._data = content(SIZE)
+        self._keys = sorted(self._create() for _ in range(number))
+        self._turn = 0
+
+    def flush(self) -> float:
+        """Make all dirty, flush; return the seconds of the flush."""
+        self._make_dirty()
+        later = time.time() + self._runtime.settings.policy.interval + 1
+        taken = seconds(partial(self._flush, later))
+        self._vacuum()
+        return taken
+
+    def bare_statement(self) -> float:
+        """Make all dirty, write with the statement alone, in the flusher's batches."""
+        return self._bare(self._runtime.settings.batch_size)
+
+    def one_statement(self) -> float:
+        """The same with all rows in one statement."""
+        return self._bare(len(self._keys))
+
+    def _create(self) -> str:
+        session = SessionStore()
+        session.update(self._data)
+        session.save()
+        return str(session.session_key)
+
+    def _make_dirty(self) -> None:
+        self._turn += 1
+        for key in self._keys:
+            session = SessionStore(key)
+            session["counter"] = self._turn
+            session.save()
+
+    def _flush(self, now: float) -> None:
+        report = self._runtime.flusher.flush_once(now)
+        if report.updated != len(self._keys):
+            raise RuntimeError(f"The flush did not write everything: {report}")
+
+    def _bare(self, size: int) -> float:
+        self._make_dirty()
+        writer: RecordWriter = self._runtime.flusher._writer  # noqa: SLF001
+        dirty = sorted(self._runtime.store.find_dirty(self._keys))
+        batches = [dirty[start : start + size] for start in range(0, len(dirty), size)]
+        columns = [writer.columns(batch) for batch in batches]
+        taken = seconds(partial(self._execute, columns))
+        writer.mark_written(dirty, time.time())
+        self._vacuum()
+        return taken
+
+    def _execute(self, batches: Sequence[Columns]) -> None:
+        connection.ensure_connection()
+        with psycopg.Cursor(connection.connection) as cursor:
+            for columns in batches:
+                cursor.execute(sql.UPDATE, self._parameters(columns))
+                if cursor.rowcount != len(columns.key):
+                    raise RuntimeError("The statement did not write everything.")
+
+    def _parameters(self, columns: Columns) -> Sequence[object]:
+        server: Callable[..., Sequence[object]]
+        server = self._runtime.flusher._server.update_parameters  # noqa: SLF001
+        return server(columns, time.time())
+
+    def _vacuum(self) -> None:
+        """Let every turn find a table like the one before did."""
+        with connection.cursor() as cursor:
+            cursor.execute("VACUUM deferred_sessions_session")

@@ -1,0 +1,164 @@
+"""A host store that is full, or nearly: what makes room, and what must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+
+from deferred_sessions import lifecycle
+from deferred_sessions.exceptions import StoreFullError
+from deferred_sessions.memory.store import HostStore
+from tests.unit.records import LIFE, NOW, POLICY, bury, due_keys, key, put, save
+
+
+def fill(store: HostStore, *, clean: bool, payload: bytes = b"x" * 900) -> int:
+    """Put sessions into `store` until it has passed its high water mark, then some."""
+    number = 0
+    while store.status().used < 0.8 * store.status().size:
+        put(store, key(number), at=NOW + number, clean=clean, payload=payload)
+        number += 1
+    return number
+
+
+def test_a_full_store_evicts_the_clean_session_not_used_for_longest(store: HostStore) -> None:
+    """A full store makes room: clean ones go, oldest use first; dirty ones stay."""
+    dirty = put(store, "dirtyone", at=NOW - 1000)
+    count = fill(store, clean=True)
+    evicted: list[int] = []
+    store.on_evicted = evicted.append
+
+    for number in range(count, count * 3):
+        put(store, key(number), at=NOW + number, clean=True, payload=b"x" * 900)
+
+    left = [n for n in range(count * 3) if store.get(key(n)) is not None]
+    assert left == list(range(left[0], count * 3))
+    assert left[0] > 0
+    assert sum(evicted) == left[0]
+    assert store.get("dirtyone") == dirty
+    assert store.status().used < 0.95 * store.status().size
+
+
+def test_use_saves_from_eviction(store: HostStore) -> None:
+    for number in range(10):
+        put(store, key(number), at=NOW + number, clean=True)
+    store.update(key(0), lambda record: record and lifecycle.used(record, now=NOW + 1000))
+
+    assert store.evict(3) == 3
+
+    assert store.get(key(0)) is not None
+    assert [store.get(key(n)) for n in (1, 2, 3)] == [None, None, None]
+    assert store.get(key(4)) is not None
+
+
+def test_a_store_full_of_changes_refuses_and_loses_nothing(store: HostStore) -> None:
+    """What PostgreSQL does not have is never evicted; a save that finds no room says so."""
+    with pytest.raises(StoreFullError, match="STORE_SIZE"):
+        for number in range(100_000):
+            put(store, key(number), at=NOW + number, payload=b"x" * 900)
+
+    assert store.evict(100) == 0
+    assert store.status().records == number
+    assert all(store.get(key(n)) is not None for n in range(number))
+    assert store.get(key(number)) is None
+
+
+def test_a_full_store_works_again_after_cleaning(store: HostStore) -> None:
+    with pytest.raises(StoreFullError):
+        for number in range(100_000):
+            put(store, key(number), at=NOW + number, payload=b"x" * 900)
+
+    while batch := store.due(float("inf"), limit=1000):
+        assert store.clean_many(batch, NOW) == []
+
+    put(store, "newcomer", payload=b"x" * 900)
+    assert store.get("newcomer") is not None
+
+
+@pytest.mark.parametrize("size", [1, 900, 3000, 100_000])
+def test_a_full_store_can_be_cleaned_and_emptied(store: HostStore, size: int) -> None:
+    """To remove takes pages too: they are kept in reserve, whatever the sessions' size."""
+    with pytest.raises(StoreFullError):
+        for number in range(1_000_000):
+            put(store, key(number), at=NOW + number, payload=b"x" * size)
+
+    save(store, key(0), b"y" * size, at=NOW + 1)  # no larger than before
+    with pytest.raises(StoreFullError):
+        save(store, key(0), b"y" * (size + 1), at=NOW + 2)
+    store.update(key(1), lambda _: None)
+    store.update_many({key(2): lambda r: r and lifecycle.due_again(r, due_at=NOW)})
+    assert store.clean_many(store.due(float("inf"), limit=10**6), NOW) == []
+
+    assert store.status().dirty == 0
+
+
+def test_a_full_store_serves_on(store: HostStore) -> None:
+    with pytest.raises(StoreFullError):
+        for number in range(100_000):
+            put(store, key(number), at=NOW + number, payload=b"x" * 900)
+
+    for second in range(300):
+        assert save(store, key(second % 10), b"%900d" % second, at=NOW + second) is not None
+
+
+def test_tombstones_are_not_evicted_but_swept(store: HostStore) -> None:
+    """What keeps a deleted session deleted stays until it has done its duty."""
+    put(store, key(1), clean=True)
+    store.update(key(1), partial(bury, at=NOW))
+    assert store.evict(10) == 0
+    assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME - 1) == 0
+
+    assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME + 1) == 1
+
+    assert store.get(key(1)) is None
+    assert store.status().records == 0
+
+
+def test_an_unwritten_tombstone_is_not_swept(store: HostStore) -> None:
+    """Trap 4: as long as PostgreSQL has the row, the deletion is remembered."""
+    put(store, key(1), clean=True)
+    store.update(key(1), lambda r: lifecycle.deleted(r, key(1), now=NOW, policy=POLICY))
+
+    assert store.sweep(NOW + 1e6) == 0
+    assert due_keys(store, NOW + 60) == [key(1)]
+
+
+def test_expired_sessions_are_forgotten_unless_dirty(store: HostStore) -> None:
+    put(store, key(1), clean=True)
+    put(store, key(2), at=NOW + 100, clean=True)
+    put(store, key(3))
+
+    assert store.forget_expired(NOW + LIFE + 50) == 1
+
+    assert [store.get(key(n)) is not None for n in (1, 2, 3)] == [False, True, True]
+
+
+def test_scan_pages_through_all(store: HostStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deferred_sessions.memory.store.BATCH", 2)
+    for number in range(5):
+        put(store, key(number))
+
+    assert [record.key for record in store.scan()] == [key(number) for number in range(5)]
+
+
+def test_a_slow_reader_makes_writers_wait(
+    store: HostStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It pins the pages that were replaced since; they wait a moment before giving up."""
+    store.open()
+    assert store._file.databases is not None
+    reader = store._file.databases.env.begin()
+
+    with pytest.raises(StoreFullError, match="is one of this host's processes stopped"):
+        for _ in range(store.status().size // 4096):
+            store.set_note("x", b"1")
+
+    monkeypatch.setattr("deferred_sessions.memory.store.PAUSES", _pauses_until(reader.abort))
+    store.set_note("x", b"1")
+
+
+def _pauses_until(reader_ends: Callable[[], None]) -> Iterator[float]:
+    yield 0.0
+    reader_ends()
+    yield 0.0
