@@ -50,9 +50,10 @@ class Session(AbstractBaseSession):
     written_at = models.DateTimeField(_("written at"), db_default=Now())
 
     class Meta(AbstractBaseSession.Meta):
-        """Names."""
+        """Names, and which databases have the table at all."""
 
         abstract = False
+        required_db_vendor = "postgresql"
         db_table = "deferred_sessions_session"
 
     @classmethod

@@ -62,6 +62,10 @@ class MappedFile:
         # Held while opening or closing, and across a fork, so that no other thread
         # opens the map between the moment we close it and the moment of the fork.
         self._gate = threading.RLock()
+        self.writing = threading.RLock()
+        """Held by the thread whose write transaction is under way. Never wait for the
+        gate while holding it: whoever closes holds the gate and waits for this, because
+        py-lmdb 3.0 crashes if the map is closed under a thread that begins to write."""
 
     def open(self) -> Databases:
         """Return the open databases; make the file if there is none.
@@ -88,20 +92,24 @@ class MappedFile:
         return (self.directory / place.DATA_FILE).exists()
 
     def close(self) -> None:
-        """Unmap the file. Transactions under way in other threads fail and are retried."""
+        """Unmap the file. Reads under way in other threads fail and are retried."""
         with self._gate:
+            # First this, so that who comes now waits for the gate, not for the map.
             databases, self.databases = self.databases, None
-            if databases is not None:
-                databases.env.close()
-                os.close(databases.in_use)
+            with self.writing:
+                if databases is not None:
+                    databases.env.close()
+                    os.close(databases.in_use)
 
     def before_fork(self) -> None:
         """Close, and keep other threads from opening until the fork is done."""
         self._gate.acquire()
         self.close()
+        self.writing.acquire()  # no child must inherit it from a thread that is not there
 
     def after_fork(self, *, in_child: bool) -> None:  # noqa: ARG002
         """Let the next use open the map again, on either side."""
+        self.writing.release()
         self._gate.release()
 
     def _open_directory(self) -> Databases:

@@ -244,7 +244,8 @@ class HostStore:
         while True:
             dbs = self._file.databases or self._file.open()
             try:
-                return _transact(dbs, True, work, *args)
+                with self._file.writing:
+                    return _transact(dbs, True, work, *args)
             except lmdb.MapFullError as error:
                 if not self._make_room() and self._is_full():
                     raise StoreFullError(tables.FULL) from error
@@ -293,7 +294,8 @@ class HostStore:
         batch = BATCH
         while batch:
             try:
-                evicted = _transact(dbs, True, tables.evict, batch)
+                with self._file.writing:
+                    evicted = _transact(dbs, True, tables.evict, batch)
             except lmdb.MapFullError:
                 batch //= 4  # removing takes pages too: try fewer
             except lmdb.Error as error:

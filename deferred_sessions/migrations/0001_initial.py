@@ -78,6 +78,7 @@ class Migration(migrations.Migration):
                 "verbose_name": "session",
                 "verbose_name_plural": "sessions",
                 "db_table": "deferred_sessions_session",
+                "required_db_vendor": "postgresql",
                 "abstract": False,
             },
         ),

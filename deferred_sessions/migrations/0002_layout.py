@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.db import migrations
 
 # A flush rewrites rows in place (a HOT update) if their page has room for the new
@@ -50,14 +52,31 @@ INDEX_DAY = """
 """
 
 
+class OnPostgreSQL(migrations.RunSQL):
+    """Runs where the table is: not in a project's other databases, if they are others."""
+
+    def __init__(self, sql: str, reverse_sql: str) -> None:
+        super().__init__(sql, reverse_sql, hints={"model_name": "session"})
+
+    def database_forwards(self, app_label: str, schema_editor: Any, *states: Any) -> None:
+        """Do what RunSQL does, on PostgreSQL only."""
+        if schema_editor.connection.vendor == "postgresql":
+            super().database_forwards(app_label, schema_editor, *states)
+
+    def database_backwards(self, app_label: str, schema_editor: Any, *states: Any) -> None:
+        """Do what RunSQL does, on PostgreSQL only."""
+        if schema_editor.connection.vendor == "postgresql":
+            super().database_backwards(app_label, schema_editor, *states)
+
+
 class Migration(migrations.Migration):
     """Set the storage parameters; give the table the indexes it needs, and no others."""
 
     dependencies = [("deferred_sessions", "0001_initial")]
 
     operations = [
-        migrations.RunSQL(LAY_OUT, RESET),
-        migrations.RunSQL(ADD_DAY, DROP_DAY),
-        migrations.RunSQL(INDEX_DAY, migrations.RunSQL.noop),
-        migrations.RunSQL(DROP_LIKE_INDEX, migrations.RunSQL.noop),
+        OnPostgreSQL(LAY_OUT, RESET),
+        OnPostgreSQL(ADD_DAY, DROP_DAY),
+        OnPostgreSQL(INDEX_DAY, migrations.RunSQL.noop),
+        OnPostgreSQL(DROP_LIKE_INDEX, migrations.RunSQL.noop),
     ]

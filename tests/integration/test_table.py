@@ -17,6 +17,7 @@ from django.db import connection
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
+from tests.plugins.postgres import database_url
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -130,3 +131,48 @@ def test_rows_made_by_others_have_sound_defaults() -> None:
         assert stored.get_decoded() == {"a": 1}
         assert SessionStore(key).load() == {"a": 1}
     assert str(stored) == "fromsql12"
+
+
+BESIDE_SQLITE = """
+from testproject.settings import *
+DATABASES = {
+    "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": BASE_DIR_OF_TEST / "db.sqlite3"},
+    "sessions": DATABASES["default"],
+}
+DEFERRED_SESSIONS = {"SERVERS": ["sessions"], "DIRECTORY": BASE_DIR_OF_TEST / "sessions"}
+"""
+
+SAVE = """
+from deferred_sessions.backend import SessionStore
+from django.db import connections
+session = SessionStore(); session["a"] = 1; session.save()
+tables = connections["default"].introspection.table_names()
+print("auth_user" in tables, "deferred_sessions_session" in tables, session.session_key)
+"""
+
+
+def test_sessions_in_another_database_than_the_rest(tmp_path: Path) -> None:
+    """SERVERS names it; other databases, which need not be PostgreSQL, get no table."""
+    directory = f"from pathlib import Path\nBASE_DIR_OF_TEST = Path({str(tmp_path)!r})"
+    (tmp_path / "beside_sqlite.py").write_text(f"{directory}\n{BESIDE_SQLITE}")
+
+    def manage(*command: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-W", "error", "manage.py", *command],
+            cwd=Path(__file__).parents[2],
+            env={
+                **os.environ,
+                "DATABASE_URL": database_url(),
+                "DJANGO_SETTINGS_MODULE": "beside_sqlite",
+                "PYTHONPATH": str(tmp_path),
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    manage("migrate", "--database=default", "--verbosity=0")
+    manage("migrate", "--database=sessions", "deferred_sessions", "--verbosity=0")
+    *tables, key = manage("shell", "-c", SAVE).split()[-3:]
+    assert tables == ["True", "False"]
+    assert Session.objects.get(pk=key).get_decoded() == {"a": 1}

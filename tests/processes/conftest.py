@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
-from django.db import connection
 
 from deferred_sessions.runtime import reset_runtime
+from tests.plugins.postgres import database_url
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 60.0  # seconds; generous, because only a failure waits that long
@@ -80,15 +79,9 @@ class Site:
 
     @property
     def environment(self) -> dict[str, str]:
-        database = connection.settings_dict
-        host = quote(str(database["HOST"]), safe="")
-        port = f":{database['PORT']}" if database["PORT"] else ""
-        password = f":{quote(database['PASSWORD'])}" if database["PASSWORD"] else ""
         return {
             **os.environ,
-            "DATABASE_URL": (
-                f"postgresql://{database['USER']}{password}@{host}{port}/{database['NAME']}"
-            ),
+            "DATABASE_URL": database_url(),
             "SESSION_DIRECTORY": str(self.directory),
             "DEFERRED_SESSIONS": json.dumps({"STORE_SIZE": 16 << 20, **self.settings}),
             "DJANGO_SETTINGS_MODULE": "testproject.settings",
