@@ -22,8 +22,10 @@ from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
 from tests.integration.conftest import (
     Outage,
+    change,
     created,
     forget,
+    record,
     row,
 )
 
@@ -286,6 +288,45 @@ def test_unsaved_changes_stay_with_their_request(call: Call) -> None:
         call(mine, "get", "cart")["items"].append(2)
 
     assert call(SessionStore(session.session_key), "get", "cart") == {"items": [1]}
+
+
+def during_the_miss(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, work: Callable[[str], object]
+) -> None:
+    """Have `work` done by somebody else after the next row was read, before it is used."""
+    read = runtime.tiers._server.read
+
+    def slow(key: str) -> Any:
+        found = read(key)
+        monkeypatch.undo()
+        work(key)
+        return found
+
+    monkeypatch.setattr(runtime.tiers._server, "read", slow)
+
+
+def test_a_slow_miss_does_not_undo_a_save(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    """Trap 4: what was read before somebody else's save is older than what memory has."""
+    session = created(a=1)
+    forget(runtime)
+    during_the_miss(runtime, monkeypatch, lambda key: change(SessionStore(key), a=2))
+
+    assert call(SessionStore(session.session_key), "load") == {"a": 2}
+    assert record(runtime, session).is_changed
+
+
+def test_a_slow_miss_does_not_resurrect(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    """Trap 4: the row was read, then the session was deleted, then the row is used."""
+    session = created(a=1)
+    forget(runtime)
+    during_the_miss(runtime, monkeypatch, lambda key: SessionStore(key).delete())
+
+    assert call(SessionStore(session.session_key), "load") == {}
+    assert record(runtime, session).is_tombstone
 
 
 def test_memory_is_evicted_between_load_and_save(runtime: Runtime, call: Call) -> None:

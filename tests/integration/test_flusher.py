@@ -206,6 +206,27 @@ def test_sessions_change_while_they_are_flushed(runtime: Runtime) -> None:
     assert [row(s.session_key) for s in sessions] == [{"n": n} for n in counts]
 
 
+def test_a_change_during_its_flush_waits_for_the_next_interval(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written is known as written; the change since is due one interval later."""
+    session = change(created(n=0), n=1)
+    columns = runtime.flusher._writer.columns
+
+    def slow(batch: Any) -> Any:
+        change(session, n=2)
+        return columns(batch)
+
+    monkeypatch.setattr(runtime.flusher._writer, "columns", slow)
+    now = time.time() + 61
+    runtime.flusher.flush_once(now)
+
+    assert row(session.session_key) == {"n": 1}
+    left = record(runtime, session)
+    assert (left.version, left.stored_version, left.updates) == (3, 2, 1)
+    assert left.due_at == pytest.approx(now + 60)
+
+
 # Reports
 
 

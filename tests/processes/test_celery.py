@@ -108,6 +108,25 @@ def test_the_tick_reaches_the_worker_of_every_node(
         wait_until(lambda session=session: is_flushed(session), what="the flush on each node")
 
 
+PUBLISH = """
+from kombu.exceptions import OperationalError
+from testproject.celery import app
+from deferred_sessions.tasks import flush
+for _ in range(3):
+    flush.delay()
+channel = app.connection_for_write().channel()
+try:
+    print("waiting", channel.queue_declare("deferred_sessions", passive=True).message_count)
+except channel.connection.client.channel_errors:
+    print("waiting", 0)
+"""
+
+
+def test_ticks_that_no_worker_takes_pile_up_nowhere(site: Site, broker: dict[str, str]) -> None:
+    """A queue that nobody reads would grow for as long as beat runs."""
+    assert site.run("-c", PUBLISH, env=broker).split()[-2:] == ["waiting", "0"]
+
+
 @pytest.fixture
 def database_scheduler(make_site: Callable[..., Site]) -> Iterator[dict[str, str]]:
     """The environment of a site that keeps its schedule in tables, which are made for it."""

@@ -235,6 +235,7 @@ def test_a_child_opens_the_store_for_itself(store: HostStore) -> None:
     store.set_note("parent", b"was here")
 
     def use() -> None:
+        assert store._file.databases is None  # an inherited map would be the parent's
         assert store.note("parent") == b"was here"
         store.set_note("child", b"too")
 
