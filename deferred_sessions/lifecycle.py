@@ -47,6 +47,7 @@ def created(
         changed_at=now,
         due_at=now + policy.interval,
         used_at=now,
+        entered_at=now,
     )
 
 
@@ -80,6 +81,7 @@ def loaded(
         changed_at=0.0,
         due_at=0.0,
         used_at=now,
+        entered_at=now,
     )
 
 
@@ -100,6 +102,7 @@ def saved(  # noqa: PLR0917 - positional, because each save pays for keywords
     (
         key, old_payload, _, old_flags, updates, requests, version, stored_version, fence,
         created_at, _, stored_expires_at, written_at, changed_at, due_at, used_at,
+        entered_at,
     ) = record  # fmt: skip
     if payload == old_payload:
         return touched(record, expires_at=expires_at, now=now, policy=policy)
@@ -121,6 +124,7 @@ def saved(  # noqa: PLR0917 - positional, because each save pays for keywords
     after = (
         key, payload, user_id, flags, updates, requests, version + 1, stored_version, fence,
         created_at, expires_at, stored_expires_at, written_at, changed_at or now, due_at, used_at,
+        entered_at,
     )  # fmt: skip
     return tuple.__new__(SessionRecord, after)
 
@@ -201,6 +205,7 @@ def deleted(record: SessionRecord | None, key: str, *, now: float, policy: Polic
         changed_at=now,
         due_at=now + policy.interval,
         used_at=now,
+        entered_at=now,
     )
 
 

@@ -3,7 +3,7 @@ r"""One session as the tiers move it, and its byte layout.
 Every tier and the flusher pass `SessionRecord` around; this is the only module that
 knows how one becomes bytes. Invariant: `decode(key, encode(record)) == record`.
 
-Layout, little-endian, 92 bytes before the variable part (`FORMAT` 1):
+Layout, little-endian, 100 bytes before the variable part (`FORMAT` 1):
 
     format    u8      of this layout, so that a later release can read older records
     user_len  u16     bytes of the user id
@@ -11,7 +11,7 @@ Layout, little-endian, 92 bytes before the variable part (`FORMAT` 1):
     updates   u32     \ since the last write
     requests  u32     / to PostgreSQL
     version, stored_version, fence                                    u64 each
-    created, expires, stored_expires, written, changed, due, used     f64 each
+    created, expires, stored_expires, written, changed, due, used, entered  f64 each
     user id   UTF-8
     payload   what SESSION_SERIALIZER made, to the end
 """
@@ -31,7 +31,7 @@ TOUCHED: Final = 2  # PostgreSQL has an older expiry
 TOMBSTONE: Final = 4  # a remembered deletion; the payload is empty
 DIRTY: Final = CHANGED | TOUCHED
 
-_HEADER: Final = struct.Struct("<BHBIIQQQddddddd")
+_HEADER: Final = struct.Struct("<BHBIIQQQdddddddd")
 _SIZE: Final = _HEADER.size
 
 
@@ -71,6 +71,9 @@ class SessionRecord(NamedTuple):
     """From when on the flusher may write it; 0.0 when clean."""
     used_at: float
     """Last use, to about a minute; orders eviction."""
+    entered_at: float
+    """When the record came into memory. A key that is evicted or deleted and comes back
+    may come back with a version it had before; this tells the two apart."""
 
     @property
     def is_dirty(self) -> bool:
@@ -106,6 +109,7 @@ class Head(NamedTuple):
     changed_at: float
     due_at: float
     used_at: float
+    entered_at: float
 
 
 def encode(record: SessionRecord) -> bytes:
@@ -168,10 +172,10 @@ def encode_written(data: bytes, head: Head, now: float) -> bytes:
     """
     (
         layout, user_length, _, _, _, version, _, fence,
-        created_at, expires_at, _, _, _, _, used_at,
+        created_at, expires_at, _, _, _, _, used_at, entered_at,
     ) = head  # fmt: skip
     written = _HEADER.pack(
         layout, user_length, 0, 0, 0, version, version, fence,
-        created_at, expires_at, expires_at, now, 0.0, 0.0, used_at,
+        created_at, expires_at, expires_at, now, 0.0, 0.0, used_at, entered_at,
     )  # fmt: skip
     return written + data[_SIZE:]

@@ -120,7 +120,7 @@ class Tiers:
         self._counters.add(Counter.LOADS)
         if now - head.used_at >= lifecycle.USE_GRAIN:
             self._note_use(key, now)
-        return self._cache.get(key, head.version) or self._decoded(key)
+        return self._cache.get(key, head.version, head.entered_at) or self._decoded(key)
 
     def fetch(self, key: str, now: float) -> Snapshot | None:
         """Return the session of `key` from PostgreSQL, and keep it in memory.
@@ -196,7 +196,7 @@ class Tiers:
             is_urgent = False
         else:
             self._counters.add(Counter.UPDATES)
-            self._cache.put(key, after.version, snapshot)
+            self._cache.put(key, after.version, after.entered_at, snapshot)
         if is_urgent or (
             after.stored_expires_at - now < policy.interval
             and policy.cannot_wait(now, after.expires_at, after.stored_expires_at)
@@ -302,7 +302,7 @@ class Tiers:
         if record.is_tombstone:
             return None
         snapshot = self._codec.decode(record.payload)
-        self._cache.put(key, record.version, snapshot)
+        self._cache.put(key, record.version, record.entered_at, snapshot)
         return snapshot
 
     def _keep(self, record: SessionRecord) -> SessionRecord:
@@ -324,8 +324,8 @@ class Tiers:
             row.key,
             payload,
             row.user_id,
-            version=row.version,
-            fence=row.fence,
+            version=max(1, row.version),  # anybody may write anything into a row
+            fence=max(0, row.fence),
             created_at=row.created_at,
             expires_at=row.expires_at,
             written_at=row.written_at,

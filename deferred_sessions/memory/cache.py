@@ -1,7 +1,8 @@
 """The process cache: snapshots of sessions that this process used, each at a version.
 
 Called by `tiers` on every load and save. Invariant: an entry is used only at exactly
-the version that the host store holds, so that no change of another process is missed.
+the version that the host store holds, and only as long as the record has not left the
+store meanwhile, so that no change of another process is missed.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ class SessionCache(Generic[T]):
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._entries: OrderedDict[str, tuple[int, T]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[int, float, T]] = OrderedDict()
 
-    def get(self, key: str, version: int) -> T | None:
-        """Return the snapshot of `key` at exactly `version`, or None."""
+    def get(self, key: str, version: int, entered_at: float) -> T | None:
+        """Return the snapshot of `key` at exactly `version` of that stay, or None."""
         entry = self._entries.get(key)
-        return entry[1] if entry is not None and entry[0] == version else None
+        if entry is None or entry[0] != version or entry[1] != entered_at:
+            return None
+        return entry[2]
 
-    def put(self, key: str, version: int, snapshot: T) -> None:
+    def put(self, key: str, version: int, entered_at: float, snapshot: T) -> None:
         """Keep `snapshot` as `version` of `key`, in place of any other version."""
         entries = self._entries
-        entries[key] = (version, snapshot)
+        entries[key] = (version, entered_at, snapshot)
         entries.move_to_end(key)
         if len(entries) > self._capacity:
             entries.popitem(last=False)

@@ -329,6 +329,38 @@ def test_a_slow_miss_does_not_resurrect(
     assert record(runtime, session).is_tombstone
 
 
+def test_a_row_with_strange_figures(runtime: Runtime, call: Call) -> None:
+    """Somebody wrote into the table: what can be used is used."""
+    session = created(a=1)
+    forget(runtime)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "UPDATE deferred_sessions_session SET version = -7, fence = -1, user_id = NULL, "
+            "expire_date = 'infinity'"
+        )
+    again = SessionStore(session.session_key)
+    assert call(again, "load") == {"a": 1}
+    again["a"] = 2
+    call(again, "save")
+    runtime.flusher.flush_once(time.time() + 61)
+
+    assert row(session.session_key) == {"a": 2}
+
+
+def test_a_version_that_comes_back_is_not_the_one_in_the_cache(
+    runtime: Runtime, call: Call
+) -> None:
+    """Evicted, changed by somebody else under the same number, and loaded again."""
+    session = created(a=1)
+    assert SessionStore(session.session_key)["a"] == 1
+    runtime.store.update(session.session_key or "", lambda _: None)
+    theirs = SessionStore()
+    Session.objects.filter(pk=session.session_key).update(session_data=theirs.encode({"a": 2}))
+
+    assert call(SessionStore(session.session_key), "load") == {"a": 2}
+    assert call(SessionStore(session.session_key), "load") == {"a": 2}
+
+
 def test_memory_is_evicted_between_load_and_save(runtime: Runtime, call: Call) -> None:
     """The save finds the session in PostgreSQL and goes on."""
     session = created(a=1)

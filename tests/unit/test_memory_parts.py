@@ -35,38 +35,39 @@ def in_child(work: Callable[[], object]) -> None:
 def test_the_cache_answers_only_for_the_very_version() -> None:
     """A change of another process is never missed."""
     cache: SessionCache[str] = SessionCache(10)
-    cache.put("key", 3, "session")
+    cache.put("key", 3, 7.0, "session")
 
-    assert cache.get("key", 3) == "session"
-    assert cache.get("key", 4) is None
-    assert cache.get("key", 2) is None
-    assert cache.get("other", 3) is None
+    assert cache.get("key", 3, 7.0) == "session"
+    assert cache.get("key", 4, 7.0) is None
+    assert cache.get("key", 2, 7.0) is None
+    assert cache.get("other", 3, 7.0) is None
+    assert cache.get("key", 3, 8.0) is None
 
 
 def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
     cache: SessionCache[int] = SessionCache(3)
     for number in range(4):
-        cache.put(str(number), 1, number)
-    cache.put("1", 2, 10)
-    cache.put("4", 1, 4)
+        cache.put(str(number), 1, 7.0, number)
+    cache.put("1", 2, 7.0, 10)
+    cache.put("4", 1, 7.0, 4)
 
-    assert [cache.get(str(n), 1) for n in (0, 2, 3, 4)] == [None, None, 3, 4]
-    assert cache.get("1", 2) == 10
+    assert [cache.get(str(n), 1, 7.0) for n in (0, 2, 3, 4)] == [None, None, 3, 4]
+    assert cache.get("1", 2, 7.0) == 10
 
 
 def test_a_cache_of_nothing_keeps_nothing() -> None:
     cache: SessionCache[str] = SessionCache(0)
-    cache.put("key", 1, "session")
+    cache.put("key", 1, 7.0, "session")
 
-    assert cache.get("key", 1) is None
+    assert cache.get("key", 1, 7.0) is None
 
 
 def test_the_cache_can_be_cleared() -> None:
     cache: SessionCache[str] = SessionCache(3)
-    cache.put("key", 1, "session")
+    cache.put("key", 1, 7.0, "session")
     cache.clear()
 
-    assert cache.get("key", 1) is None
+    assert cache.get("key", 1, 7.0) is None
 
 
 # Counters

@@ -45,6 +45,7 @@ records = st.builds(
     changed_at=times,
     due_at=times,
     used_at=times,
+    entered_at=times,
 )
 
 
@@ -124,4 +125,6 @@ def test_errors_have_one_root() -> None:
 
 
 def _record() -> SessionRecord:
-    return SessionRecord("k" * 32, b"{}", "", 0, 0, 0, 1, 1, 0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 1.0)
+    return SessionRecord(
+        "k" * 32, b"{}", "", 0, 0, 0, 1, 1, 0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 1.0, 1.0
+    )
