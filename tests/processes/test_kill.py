@@ -42,6 +42,7 @@ def test_workers_killed_between_save_and_flush(site: Site) -> None:
         os.close(pipe)
         stored = SessionStore(key)["n"]
         assert acknowledged <= stored <= acknowledged + 1
+        acknowledged = stored  # or two deaths before the word got out would add up
 
     assert acknowledged > KILLS
     report = get_runtime().flusher.flush_once(time.time(), everything=True)
@@ -70,6 +71,7 @@ def test_many_writers_killed_at_once(site: Site) -> None:
             os.close(pipe)
             stored = SessionStore(key)["n"]
             assert last[key] <= stored <= last[key] + 1
+            last[key] = stored
 
     assert min(last.values()) > 0
     get_runtime().flusher.flush_once(time.time(), everything=True)
