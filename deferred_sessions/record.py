@@ -3,7 +3,7 @@ r"""One session as the tiers move it, and its byte layout.
 Every tier and the flusher pass `SessionRecord` around; this is the only module that
 knows how one becomes bytes. Invariant: `decode(key, encode(record)) == record`.
 
-Layout, little-endian, 100 bytes before the variable part (`FORMAT` 1):
+Layout, little-endian, 100 bytes before the variable part (`FORMAT` 2):
 
     format    u8      of this layout, so that a later release can read older records
     user_len  u16     bytes of the user id
@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 
 from deferred_sessions.exceptions import RecordCorruptError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 CHANGED: Final = 1  # PostgreSQL does not have this payload (or this deletion)
 TOUCHED: Final = 2  # PostgreSQL has an older expiry

@@ -96,7 +96,7 @@ def test_unknown_layout_is_refused() -> None:
     """A record of a later release says so instead of being misread."""
     data = bytes([FORMAT + 1]) + bytes(200)
 
-    with pytest.raises(RecordCorruptError, match="layout 2 is unknown"):
+    with pytest.raises(RecordCorruptError, match="layout 3 is unknown"):
         decode("somekey1", data)
 
 
