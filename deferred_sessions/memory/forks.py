@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import weakref
 from typing import Protocol
 
@@ -24,6 +25,7 @@ class ForkAware(Protocol):
 
 _parts: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 _prepared: list[ForkAware] = []
+_forking = threading.RLock()  # one fork at a time, or each would undo the other's work
 
 
 def watch(part: ForkAware) -> None:
@@ -42,6 +44,7 @@ def _install() -> None:
 
 
 def _before() -> None:
+    _forking.acquire()
     _prepared[:] = _parts
     for part in _prepared:
         part.before_fork()
@@ -51,3 +54,4 @@ def _after(*, in_child: bool) -> None:
     for part in _prepared:
         part.after_fork(in_child=in_child)
     _prepared.clear()
+    _forking.release()

@@ -19,8 +19,10 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 from psycopg.adapt import PyFormat, Transformer
+from psycopg.pq import ExecStatus
 
 READ: Final = select.POLLIN
+GOOD: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
 READ_OR_WRITE: Final = select.POLLIN | select.POLLOUT
 
 
@@ -63,7 +65,7 @@ class StatementStream:
         repeat it through a cursor. If the wait is interrupted or the connection breaks,
         the connection is closed, because nobody could tell what comes next on it.
         """
-        rows = 0
+        rows, is_good = 0, True
         try:
             while True:
                 while self._pgconn.is_busy():
@@ -71,7 +73,9 @@ class StatementStream:
                     self._pgconn.consume_input()
                 result = self._pgconn.get_result()
                 if result is None:
-                    return rows
+                    return rows if is_good else 0
+                # A commit that fails is a result of its own, after that of the statement.
+                is_good = is_good and result.status in GOOD
                 rows += result.command_tuples or 0
         except BaseException:
             self._connection.close()

@@ -240,3 +240,25 @@ def test_an_insert_that_a_transaction_holds(runtime: Runtime, outage: Outage) ->
 
     assert report.locked == 1
     assert row(free.session_key) == {"n": 2}
+
+
+def test_a_commit_that_fails_is_no_write(runtime: Runtime) -> None:
+    """A deferred constraint is checked at the commit, after the statement was counted."""
+    sessions = dirty(3)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'not today'; END $$"
+        )
+        cursor.execute(
+            "CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON deferred_sessions_session "
+            "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+    try:
+        report = runtime.flusher.flush_once(time.time() + 61)
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("DROP FUNCTION refuse CASCADE")
+
+    assert (report.updated, report.remaining) == (0, 3)
+    assert row(sessions[0].session_key) == {"n": 0}
