@@ -260,8 +260,10 @@ def _translated() -> Iterator[None]:
         yield
     except (DatabaseError, InterfaceError) as error:
         state = getattr(error.__cause__, "sqlstate", None) or ""
+        # Without the details, which quote the row: a session key is a secret.
+        message = str(error).partition("\nDETAIL:")[0]
         if state == LOCK_NOT_AVAILABLE:
-            raise RowLockedError(f"A transaction holds a session: {error}") from error
+            raise RowLockedError(f"A transaction holds a session: {message}") from None
         if state[:2] in ROW_CLASSES:
-            raise RowRefusedError(f"PostgreSQL refused the rows: {error}") from error
-        raise ServerUnavailableError(f"PostgreSQL cannot be asked: {error}") from error
+            raise RowRefusedError(f"PostgreSQL refused the rows: {message}") from None
+        raise ServerUnavailableError(f"PostgreSQL cannot be asked: {message}") from None
