@@ -25,9 +25,10 @@ from django.contrib.sessions.backends.base import (
 from django.utils.crypto import get_random_string
 
 from deferred_sessions.exceptions import SessionDeletedError
+from deferred_sessions.memory.cache import Entry
 from deferred_sessions.payload import Snapshot
 from deferred_sessions.runtime import Runtime, get_runtime
-from deferred_sessions.tiers import Memory, Saving
+from deferred_sessions.tiers import Memory, Rest, Saving
 
 VALID_KEY: Final = re.compile(r"[0-9A-Za-z_-]{8,40}").fullmatch
 """What may reach a tier at all. A cookie can hold anything; Django's own keys are 32
@@ -44,7 +45,7 @@ class SessionStore(SessionBase):
     from the name, and rows stay readable by `django.contrib.sessions.backends.db`.
     """
 
-    _base: Snapshot | None = None
+    _base: Entry[Snapshot] | None = None
     """The session as it was last loaded or saved."""
 
     @classmethod
@@ -125,12 +126,15 @@ class SessionStore(SessionBase):
             return
         runtime, now = get_runtime(), time.time()
         try:
-            snapshot, saving = self._remember(session, runtime, now)
-            if saving is not None:
-                runtime.tiers.settle(saving, now)
+            saved = self._remember(session, runtime, now)
+            while not isinstance(saved, Entry):
+                if saved.rest is not Rest.MERGE:
+                    saved = runtime.tiers.settle(saved, now)
+                else:
+                    saved = self._merge_and_remember(saved, session, runtime, now)
         except SessionDeletedError as error:
             raise UpdateError(str(error)) from error
-        self._base = snapshot
+        self._base = saved
 
     async def asave(self, must_create: bool = False) -> None:
         """Do what `save` does."""
@@ -143,12 +147,15 @@ class SessionStore(SessionBase):
             return
         runtime, now = get_runtime(), time.time()
         try:
-            snapshot, saving = self._remember(session, runtime, now)
-            if saving is not None:
-                await sync_to_async(runtime.tiers.settle)(saving, now)
+            saved = self._remember(session, runtime, now)
+            while not isinstance(saved, Entry):
+                if saved.rest is not Rest.MERGE:
+                    saved = await sync_to_async(runtime.tiers.settle)(saved, now)
+                else:
+                    saved = self._merge_and_remember(saved, session, runtime, now)
         except SessionDeletedError as error:
             raise UpdateError(str(error)) from error
-        self._base = snapshot
+        self._base = saved
 
     def create(self) -> None:
         """Create a session under a new key, in PostgreSQL and in memory."""
@@ -194,7 +201,7 @@ class SessionStore(SessionBase):
 
     # Inside
 
-    def _adopt(self, loaded: Snapshot | None, runtime: Runtime) -> dict[str, Any]:
+    def _adopt(self, loaded: Entry[Snapshot] | None, runtime: Runtime) -> dict[str, Any]:
         """Take what was found as this request's session."""
         if loaded is None:
             self._session_key = None
@@ -202,32 +209,41 @@ class SessionStore(SessionBase):
         self._base = loaded
         if runtime.request_end.is_needed:
             runtime.request_end.note_use(str(self._session_key))
-        return loaded.copy()
+        return loaded.snapshot.copy()
 
     def _remember(
         self, session: dict[str, Any], runtime: Runtime, now: float
-    ) -> tuple[Snapshot, Saving | None]:
+    ) -> Entry[Snapshot] | Saving:
         """Save in memory; encodes first, so that a failure changes nothing.
 
-        Returns the session as saved, and what is left to do.
+        Returns the session as saved, or what is left to do.
         """
         key, base = self._session_key, self._base
         if base is not None and key is not None:  # then it was checked when it was loaded
-            snapshot, changed = base.changed_to(session)
+            snapshot, changed = base.snapshot.changed_to(session)
             is_urgent = not runtime.urgent_keys.isdisjoint(changed)
         elif _is_valid(key):
             snapshot, is_urgent = runtime.codec.encode(session), True
         else:
             raise UpdateError("There is no such session.")
-        saving = runtime.tiers.remember(
+        return runtime.tiers.remember(
             key,
             snapshot,
             str(session.get(USER_KEY) or ""),
             self._expires_at(session, now),
             now,
             is_urgent=is_urgent,
+            base=base if runtime.overlap.is_merging else None,
         )
-        return snapshot, saving
+
+    def _merge_and_remember(
+        self, saving: Saving, session: dict[str, Any], runtime: Runtime, now: float
+    ) -> Entry[Snapshot] | Saving:
+        """Merge with the request that was faster, and try again."""
+        base, record = saving.base, saving.record
+        if base is not None and record is not None:
+            self._base = runtime.overlap.merge_into(session, base.snapshot, record)
+        return self._remember(session, runtime, now)
 
     def _insert(self, session: dict[str, Any]) -> None:
         """Create the session under its key, or raise CreateError."""
@@ -237,14 +253,14 @@ class SessionStore(SessionBase):
         snapshot = runtime.codec.encode(session)
         created = runtime.tiers.create(
             key,
-            snapshot.payload,
+            snapshot,
             str(session.get(USER_KEY) or ""),
             expires_at=self._expires_at(session, now),
             now=now,
         )
-        if not created:
+        if created is None:
             raise CreateError
-        self._base = snapshot
+        self._base = created
 
     def _expires_at(self, session: dict[str, Any], now: float) -> float:
         expiry = session.get("_session_expiry")

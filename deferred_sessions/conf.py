@@ -50,6 +50,8 @@ class Settings:
         "_session_expiry",
     )
     """Keys whose change is written at once: login, logout, expiry."""
+    locking: str = "merge"
+    """What happens when requests of one visitor overlap: merge, or last-write-wins."""
     create_when_down: bool = True
     """Keep new sessions in memory while PostgreSQL is away; off: creating one fails."""
     batch_size: int = 250
@@ -209,6 +211,10 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
     "FLUSH_AT_REQUEST_END": _SWITCH,
     "WRITE_ON_CREATE": _SWITCH,
     "WRITE_THROUGH_KEYS": (_is_names, "a list of session keys, such as ['_auth_user_id']"),
+    "LOCKING": (
+        lambda value: value in ("merge", "last-write-wins"),
+        "'merge' or 'last-write-wins'",
+    ),
     "CREATE_WHEN_DOWN": _SWITCH,
     "BATCH_SIZE": (
         lambda value: _is_whole(value, 1) and value <= MAX_BATCH_SIZE,

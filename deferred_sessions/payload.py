@@ -74,6 +74,9 @@ class Codec(Protocol):
     def encode(self, session: Session) -> Snapshot:
         """Return the snapshot of `session`; raises whatever the serializer raises."""
 
+    def text(self, value: Any) -> object:
+        """Return what `value` looks like when it is stored, to tell values apart."""
+
 
 def codec_for(serializer: type[Serializer]) -> Codec:
     """Return the codec for the class that SESSION_SERIALIZER names."""
@@ -93,6 +96,10 @@ class SerializerCodec:
     def encode(self, session: Session) -> Snapshot:
         """See `Codec`."""
         return _SerializerSnapshot(self._serializer().dumps(session), self._serializer)
+
+    def text(self, value: Any) -> object:
+        """See `Codec`."""
+        return self._serializer().dumps({"": value})
 
 
 class _SerializerSnapshot:
@@ -124,6 +131,10 @@ class JsonCodec:
     def encode(self, session: Session) -> Snapshot:
         """See `Codec`."""
         return _JsonSnapshot(JSONSerializer().dumps(session), is_own=True)
+
+    def text(self, value: Any) -> object:
+        """See `Codec`."""
+        return _encode_value(value)
 
 
 class _JsonSnapshot:

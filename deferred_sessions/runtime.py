@@ -28,6 +28,7 @@ from deferred_sessions.memory.cache import SessionCache
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
 from deferred_sessions.memory.store import HostStore
+from deferred_sessions.overlap import Overlap
 from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
 from deferred_sessions.request_end import RequestEnd
 from deferred_sessions.servers.server import SessionServer
@@ -47,6 +48,7 @@ class Runtime:
     """Session keys whose change does not wait for the flusher."""
     store: HostStore
     codec: Codec
+    overlap: Overlap
     cache: SessionCache[Snapshot]
     counters: Counters
     tiers: Tiers
@@ -107,6 +109,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         urgent_keys=frozenset(settings.write_through_keys),
         store=store,
         codec=codec,
+        overlap=Overlap(codec=codec, counters=counters, is_merging=settings.locking == "merge"),
         cache=cache,
         counters=counters,
         flusher=flusher,

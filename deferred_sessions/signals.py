@@ -1,6 +1,6 @@
 """Signals of this package; connect to them as to Django's own.
 
-Sent by `flusher`, never inside a transaction or under a lock.
+Sent by `flusher` and `overlap`, never inside a transaction or under a lock.
 """
 
 from __future__ import annotations
@@ -11,3 +11,7 @@ from django.dispatch import Signal
 
 session_flushed: Final = Signal()
 """The flusher wrote to PostgreSQL. Argument: `report`, a `FlushReport`."""
+
+session_conflict: Final = Signal()
+"""Overlapping requests changed the same keys; the later save stood. Arguments:
+`session_key`, and `keys`, the list of those keys."""

@@ -7,6 +7,9 @@ the first without leaving the event loop and the second in a thread:
     recall ──── UNKNOWN ──────────────▶ fetch
     remember ── a Saving ─────────────▶ settle
 
+A save that finds the session changed by an overlapping request comes back as MERGE:
+the caller merges (see `overlap`) and remembers again.
+
 Invariant: a failure of PostgreSQL raises; it never looks like "no such session".
 """
 
@@ -27,7 +30,7 @@ from deferred_sessions.exceptions import (
     SessionDeletedError,
     StoreFullError,
 )
-from deferred_sessions.memory.cache import SessionCache
+from deferred_sessions.memory.cache import Entry, SessionCache
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
@@ -61,6 +64,8 @@ class Rest(Enum):
     """Not in memory: PostgreSQL has to be asked whether the session still exists."""
     BYPASS = auto()
     """No room in memory: the save has to go straight to PostgreSQL."""
+    MERGE = auto()
+    """Nothing was saved: somebody else changed the session since it was loaded."""
 
 
 class Saving(NamedTuple):
@@ -72,8 +77,9 @@ class Saving(NamedTuple):
     user_id: str
     expires_at: float
     is_urgent: bool
+    base: Entry[Snapshot] | None
     record: SessionRecord | None = None
-    """What memory holds now, if it was saved there."""
+    """What memory holds now: the session as it was saved, or what to merge with."""
 
 
 class Tiers:
@@ -107,10 +113,10 @@ class Tiers:
 
     # Load
 
-    def recall(self, key: str, now: float) -> Snapshot | Literal[Memory.UNKNOWN] | None:
+    def recall(self, key: str, now: float) -> Entry[Snapshot] | Literal[Memory.UNKNOWN] | None:
         """Return the session of `key` from memory; None if it is known to be gone.
 
-        The snapshot is shared with other requests: copy it.
+        Its snapshot is shared with other requests: copy it.
         """
         head = self._store.head(key)
         if head is None:
@@ -122,7 +128,7 @@ class Tiers:
             self._note_use(key, now)
         return self._cache.get(key, head.version, head.entered_at) or self._decoded(key)
 
-    def fetch(self, key: str, now: float) -> Snapshot | None:
+    def fetch(self, key: str, now: float) -> Entry[Snapshot] | None:
         """Return the session of `key` from PostgreSQL, and keep it in memory.
 
         Returns None if there is none, or it has expired.
@@ -137,7 +143,7 @@ class Tiers:
         record = self._keep(self._record(row, now))
         if record.is_tombstone:
             return None
-        return self._codec.decode(record.payload)
+        return self._entry(record)
 
     def exists(self, key: str, now: float) -> bool | None:
         """Tell whether `key` is a live session; None if memory does not know."""
@@ -165,13 +171,15 @@ class Tiers:
         now: float,
         *,
         is_urgent: bool,
-    ) -> Saving | None:
+        base: Entry[Snapshot] | None,
+    ) -> Entry[Snapshot] | Saving:
         """Save in memory, where all processes of the host see it at once.
 
         A change that `is_urgent` must not wait for the flusher: login, logout, expiry.
+        With a `base` it is saved only in place of exactly that; without, of anything.
 
         Returns:
-            None if that was all; else what `settle` is to do.
+            The session as memory has it now, if that was all; else what is left to do.
 
         Raises:
             SessionDeletedError: The session was deleted meanwhile; nothing is changed.
@@ -179,53 +187,62 @@ class Tiers:
         payload, policy = snapshot.payload, self._policy
 
         def transition(record: SessionRecord | None) -> SessionRecord | None:
-            if record is None or record.flags & TOMBSTONE:
+            if record is None or record.flags & TOMBSTONE or _has_moved_on(record, base):
                 return record
             return lifecycle.saved(record, payload, user_id, expires_at, now, policy)
+
+        def left(rest: Rest, record: SessionRecord | None = None) -> Saving:
+            return Saving(rest, key, snapshot, user_id, expires_at, is_urgent, base, record)
 
         try:
             before, after = self._store.update(key, transition)
         except StoreFullError:
-            return Saving(Rest.BYPASS, key, snapshot, user_id, expires_at, is_urgent)
+            return left(Rest.BYPASS)
         if before is None or after is None:
-            return Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent)
+            return left(Rest.ASK)
         if after.flags & TOMBSTONE:
             raise SessionDeletedError(DELETED)
+        if after is before and _has_moved_on(after, base):
+            return left(Rest.MERGE, after)
+        entry = Entry(after.version, after.entered_at, snapshot)
         if after.version == before.version:
             self._counters.add(Counter.TOUCHES)
             is_urgent = False
         else:
             self._counters.add(Counter.UPDATES)
-            self._cache.put(key, after.version, after.entered_at, snapshot)
+            self._cache.put(key, entry)
         if is_urgent or (
             after.stored_expires_at - now < policy.interval
             and policy.cannot_wait(now, after.expires_at, after.stored_expires_at)
         ):
-            return Saving(Rest.WRITE, key, snapshot, user_id, expires_at, is_urgent, after)
-        return None
+            return left(Rest.WRITE, after)
+        return entry
 
-    def settle(self, saving: Saving | None, now: float) -> None:
-        """Finish what memory alone could not.
+    def settle(self, saving: Saving, now: float) -> Entry[Snapshot] | Saving:
+        """Finish what memory alone could not; the rest of it may be to MERGE.
 
         Raises:
             SessionDeletedError: The session is not in PostgreSQL either.
             ServerUnavailableError: Nothing was saved.
         """
+        result: Entry[Snapshot] | Saving = saving
         for _ in range(ATTEMPTS):
-            if saving is None or saving.rest is not Rest.ASK:
+            if isinstance(result, Entry) or result.rest is not Rest.ASK:
                 break
             row = self._server.read(saving.key)
             if row is None:
                 raise SessionDeletedError(DELETED)
             self._keep(self._record(row, now))
-            _, key, snapshot, user_id, expires_at, is_urgent, _ = saving
-            saving = self.remember(key, snapshot, user_id, expires_at, now, is_urgent=is_urgent)
-        if saving is None:
-            return
-        if saving.record is not None:
-            self.write_through(saving.record, now)
-        else:
-            self._save_past_memory(saving, now)
+            _, key, snapshot, user_id, expires_at, is_urgent, base, _ = saving
+            result = self.remember(
+                key, snapshot, user_id, expires_at, now, is_urgent=is_urgent, base=base
+            )
+        if isinstance(result, Entry) or result.rest is Rest.MERGE:
+            return result
+        if result.record is None:
+            return self._save_past_memory(result, now)
+        self.write_through(result.record, now)
+        return Entry(result.record.version, result.record.entered_at, result.snapshot)
 
     def write_through(self, record: SessionRecord, now: float) -> None:
         """Write `record` now; if PostgreSQL is away, keep it dirty and due at once."""
@@ -239,11 +256,11 @@ class Tiers:
     # Create and delete
 
     def create(
-        self, key: str, payload: bytes, user_id: str, *, expires_at: float, now: float
-    ) -> bool:
-        """Create a session in PostgreSQL and in memory; False if the key is taken.
+        self, key: str, snapshot: Snapshot, user_id: str, *, expires_at: float, now: float
+    ) -> Entry[Snapshot] | None:
+        """Create a session in PostgreSQL and in memory; None if the key is taken.
 
-        When it returns True the session is in PostgreSQL, unless a transaction of the
+        When it returns the session, it is in PostgreSQL, unless a transaction of the
         application is open (then memory repeats the insert should it roll back), the
         server is away (then memory keeps it, if `CREATE_WHEN_DOWN`), or
         `WRITE_ON_CREATE` is off.
@@ -253,14 +270,14 @@ class Tiers:
             StoreFullError: Neither PostgreSQL nor memory could take it.
         """
         record = lifecycle.created(
-            key, payload, user_id, expires_at=expires_at, now=now, policy=self._policy
+            key, snapshot.payload, user_id, expires_at=expires_at, now=now, policy=self._policy
         )
         if self._store.get(key) is not None:
-            return False
+            return None
         if self._write_on_create:
             try:
                 if not self._server.insert(self._writer.columns([Dirty.of(record)]), now):
-                    return False
+                    return None
             except ServerUnavailableError as error:
                 if not self._create_when_down:
                     raise
@@ -277,7 +294,9 @@ class Tiers:
                 raise
             before = None  # PostgreSQL has it; the next load finds it there
         self._counters.add(Counter.CREATIONS)
-        return before is None
+        if before is not None:
+            return None
+        return Entry(record.version, record.entered_at, snapshot)
 
     def delete(self, key: str, now: float) -> None:
         """Delete the session in memory and in PostgreSQL, whether it exists or not.
@@ -294,16 +313,19 @@ class Tiers:
 
     # Inside
 
-    def _decoded(self, key: str) -> Snapshot | Literal[Memory.UNKNOWN] | None:
+    def _decoded(self, key: str) -> Entry[Snapshot] | Literal[Memory.UNKNOWN] | None:
         """Return the session of `key` as memory has it, and keep it in the cache."""
         record = self._store.get(key)
         if record is None:  # evicted since we looked
             return Memory.UNKNOWN
         if record.is_tombstone:
             return None
-        snapshot = self._codec.decode(record.payload)
-        self._cache.put(key, record.version, record.entered_at, snapshot)
-        return snapshot
+        entry = self._entry(record)
+        self._cache.put(key, entry)
+        return entry
+
+    def _entry(self, record: SessionRecord) -> Entry[Snapshot]:
+        return Entry(record.version, record.entered_at, self._codec.decode(record.payload))
 
     def _keep(self, record: SessionRecord) -> SessionRecord:
         """Put a record from PostgreSQL into memory, unless memory knows better."""
@@ -352,15 +374,17 @@ class Tiers:
         with suppress(StoreFullError):  # it only orders eviction
             self._store.update(key, lambda known: known and lifecycle.used(known, now=now))
 
-    def _save_past_memory(self, saving: Saving, now: float) -> None:
+    def _save_past_memory(self, saving: Saving, now: float) -> Entry[Snapshot] | Saving:
         """Save straight to PostgreSQL; memory forgets what it had."""
-        self._counters.add(Counter.STORE_FULL)
         for _ in range(ATTEMPTS):
             row = self._server.read(saving.key)
             if row is None:
                 break
+            current = self._store.get(saving.key) or self._record(row, now)
+            if _has_moved_on(current, saving.base):
+                return saving._replace(rest=Rest.MERGE, record=current)
             record = lifecycle.saved(
-                self._store.get(saving.key) or self._record(row, now),
+                current,
                 saving.snapshot.payload,
                 saving.user_id,
                 saving.expires_at,
@@ -368,8 +392,9 @@ class Tiers:
                 self._policy,
             )
             if self._server.update(self._writer.columns([Dirty.of(record)]), now):
-                self._store.update(saving.key, lambda _: None)
-                return
+                self._counters.add(Counter.STORE_FULL)
+                self._store.update(saving.key, partial(_forgotten, current))
+                return Entry(record.version, record.entered_at, saving.snapshot)
         raise SessionDeletedError(DELETED)
 
     def _postpone(self, key: str, now: float, error: Exception) -> None:
@@ -386,3 +411,17 @@ class Tiers:
             error,
             extra={"action": "write_postponed"},
         )
+
+
+def _has_moved_on(record: SessionRecord, base: Entry[Snapshot] | None) -> bool:
+    """Tell whether `record` holds another session than `base`."""
+    return (
+        base is not None
+        and (record.version != base[0] or record.entered_at != base[1])
+        and record.payload != base[2].payload
+    )
+
+
+def _forgotten(known: SessionRecord, record: SessionRecord | None) -> SessionRecord | None:
+    """Forget what was known when the row was written; keep what came after."""
+    return None if record is None or record.version == known.version else record

@@ -8,9 +8,17 @@ store meanwhile, so that no change of another process is missed.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+class Entry(NamedTuple, Generic[T]):
+    """A snapshot, and which state of the record it is."""
+
+    version: int
+    entered_at: float
+    snapshot: T
 
 
 class SessionCache(Generic[T]):
@@ -22,19 +30,19 @@ class SessionCache(Generic[T]):
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._entries: OrderedDict[str, tuple[int, float, T]] = OrderedDict()
+        self._entries: OrderedDict[str, Entry[T]] = OrderedDict()
 
-    def get(self, key: str, version: int, entered_at: float) -> T | None:
-        """Return the snapshot of `key` at exactly `version` of that stay, or None."""
+    def get(self, key: str, version: int, entered_at: float) -> Entry[T] | None:
+        """Return the entry of `key` at exactly `version` of that stay, or None."""
         entry = self._entries.get(key)
         if entry is None or entry[0] != version or entry[1] != entered_at:
             return None
-        return entry[2]
+        return entry
 
-    def put(self, key: str, version: int, entered_at: float, snapshot: T) -> None:
-        """Keep `snapshot` as `version` of `key`, in place of any other version."""
+    def put(self, key: str, entry: Entry[T]) -> None:
+        """Keep `entry` for `key`, in place of any other."""
         entries = self._entries
-        entries[key] = (version, entered_at, snapshot)
+        entries[key] = entry
         entries.move_to_end(key)
         if len(entries) > self._capacity:
             entries.popitem(last=False)

@@ -69,6 +69,10 @@ class Counter(IntEnum):
     """Clean sessions removed from a full store."""
     STORE_FULL = 17
     """Saves that went straight to PostgreSQL, because the store was full."""
+    MERGES = 18
+    """Saves merged with the change of an overlapping request."""
+    CONFLICTS = 19
+    """Keys that overlapping requests both changed; the later save stood."""
 
 
 class Counters:

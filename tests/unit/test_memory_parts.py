@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deferred_sessions.memory.cache import SessionCache
+from deferred_sessions.memory.cache import Entry, SessionCache
 from deferred_sessions.memory.counters import SLOT_WORDS, SLOTS, Counter, Counters
 from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.memory.store import HostStore
@@ -35,9 +35,9 @@ def in_child(work: Callable[[], object]) -> None:
 def test_the_cache_answers_only_for_the_very_version() -> None:
     """A change of another process is never missed."""
     cache: SessionCache[str] = SessionCache(10)
-    cache.put("key", 3, 7.0, "session")
+    cache.put("key", Entry(3, 7.0, "session"))
 
-    assert cache.get("key", 3, 7.0) == "session"
+    assert cache.get("key", 3, 7.0) == Entry(3, 7.0, "session")
     assert cache.get("key", 4, 7.0) is None
     assert cache.get("key", 2, 7.0) is None
     assert cache.get("other", 3, 7.0) is None
@@ -47,24 +47,25 @@ def test_the_cache_answers_only_for_the_very_version() -> None:
 def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
     cache: SessionCache[int] = SessionCache(3)
     for number in range(4):
-        cache.put(str(number), 1, 7.0, number)
-    cache.put("1", 2, 7.0, 10)
-    cache.put("4", 1, 7.0, 4)
+        cache.put(str(number), Entry(1, 7.0, number))
+    cache.put("1", Entry(2, 7.0, 10))
+    cache.put("4", Entry(1, 7.0, 4))
 
-    assert [cache.get(str(n), 1, 7.0) for n in (0, 2, 3, 4)] == [None, None, 3, 4]
-    assert cache.get("1", 2, 7.0) == 10
+    found = [cache.get(str(n), 1, 7.0) for n in (0, 2, 3, 4)]
+    assert [entry and entry.snapshot for entry in found] == [None, None, 3, 4]
+    assert cache.get("1", 2, 7.0) == Entry(2, 7.0, 10)
 
 
 def test_a_cache_of_nothing_keeps_nothing() -> None:
     cache: SessionCache[str] = SessionCache(0)
-    cache.put("key", 1, 7.0, "session")
+    cache.put("key", Entry(1, 7.0, "session"))
 
     assert cache.get("key", 1, 7.0) is None
 
 
 def test_the_cache_can_be_cleared() -> None:
     cache: SessionCache[str] = SessionCache(3)
-    cache.put("key", 1, 7.0, "session")
+    cache.put("key", Entry(1, 7.0, "session"))
     cache.clear()
 
     assert cache.get("key", 1, 7.0) is None
