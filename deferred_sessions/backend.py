@@ -28,7 +28,7 @@ from deferred_sessions.exceptions import SessionDeletedError
 from deferred_sessions.memory.cache import Entry
 from deferred_sessions.payload import Snapshot
 from deferred_sessions.runtime import Runtime, get_runtime
-from deferred_sessions.tiers import Memory, Rest, Saving
+from deferred_sessions.saving import Memory, Rest, Saving
 
 VALID_KEY: Final = re.compile(r"[0-9A-Za-z_-]{8,40}").fullmatch
 """What may reach a tier at all. A cookie can hold anything; Django's own keys are 32
@@ -179,6 +179,16 @@ class SessionStore(SessionBase):
             self.modified = True
             return
 
+    def cycle_key(self) -> None:
+        """Go on under another key, with what overlapping requests saved under this one."""
+        self._catch_up(self._session)  # type: ignore[attr-defined]
+        super().cycle_key()
+
+    async def acycle_key(self) -> None:
+        """Do what `cycle_key` does."""
+        self._catch_up(await self._aget_session())  # type: ignore[attr-defined]
+        await super().acycle_key()
+
     def delete(self, session_key: str | None = None) -> None:
         """Delete the session everywhere; it stays deleted even if PostgreSQL is away."""
         key = self.session_key if session_key is None else session_key
@@ -244,6 +254,15 @@ class SessionStore(SessionBase):
         if base is not None and record is not None:
             self._base = runtime.overlap.merge_into(session, base.snapshot, record)
         return self._remember(session, runtime, now)
+
+    def _catch_up(self, session: dict[str, Any]) -> None:
+        """Merge `session` with what memory has of it now, before its key is given up."""
+        runtime, key, base = get_runtime(), self._session_key, self._base
+        if key is None or base is None or not runtime.overlap.is_merging:
+            return
+        record = runtime.tiers.overlapping(key, base)
+        if record is not None:
+            self._base = runtime.overlap.merge_into(session, base.snapshot, record)
 
     def _insert(self, session: dict[str, Any]) -> None:
         """Create the session under its key, or raise CreateError."""

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from enum import Enum, auto
 from functools import partial
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 from deferred_sessions import lifecycle
 from deferred_sessions.encoding import RowEncoder
@@ -37,6 +36,7 @@ from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import TOMBSTONE, SessionRecord
+from deferred_sessions.saving import Memory, Rest, Saving
 from deferred_sessions.servers.server import Row, SessionServer
 from deferred_sessions.writer import RecordWriter
 
@@ -46,40 +46,6 @@ security_logger = logging.getLogger("django.security.SuspiciousSession")  # as D
 ATTEMPTS: Final = 5  # at saving a session that keeps being evicted meanwhile
 LOG_INTERVAL: Final = 60.0  # seconds between messages of the same outage
 DELETED: Final = "The session was deleted before it was saved."
-
-
-class Memory(Enum):
-    """What memory says when it cannot say anything."""
-
-    UNKNOWN = auto()
-    """Memory knows nothing of this session; PostgreSQL may."""
-
-
-class Rest(Enum):
-    """What is left to do for a save that memory alone could not finish."""
-
-    WRITE = auto()
-    """Saved in memory, but PostgreSQL must have it before the request goes on."""
-    ASK = auto()
-    """Not in memory: PostgreSQL has to be asked whether the session still exists."""
-    BYPASS = auto()
-    """No room in memory: the save has to go straight to PostgreSQL."""
-    MERGE = auto()
-    """Nothing was saved: somebody else changed the session since it was loaded."""
-
-
-class Saving(NamedTuple):
-    """A save that memory alone could not finish."""
-
-    rest: Rest
-    key: str
-    snapshot: Snapshot
-    user_id: str
-    expires_at: float
-    is_urgent: bool
-    base: Entry[Snapshot] | None
-    record: SessionRecord | None = None
-    """What memory holds now: the session as it was saved, or what to merge with."""
 
 
 class Tiers:
@@ -217,6 +183,13 @@ class Tiers:
         ):
             return left(Rest.WRITE, after)
         return entry
+
+    def overlapping(self, key: str, base: Entry[Snapshot]) -> SessionRecord | None:
+        """Return what memory has of `key`, if that is not the session `base` any more."""
+        record = self._store.get(key)
+        if record is None or record.is_tombstone or not _has_moved_on(record, base):
+            return None
+        return record
 
     def settle(self, saving: Saving, now: float) -> Entry[Snapshot] | Saving:
         """Finish what memory alone could not; the rest of it may be to MERGE.

@@ -58,6 +58,7 @@ BAD: dict[str, list[Any]] = {
     "FLUSH_AT_REQUEST_END": [1, None, "yes"],
     "WRITE_ON_CREATE": [0],
     "WRITE_THROUGH_KEYS": ["_auth_user_id", None, [1]],
+    "LOCKING": ["exclusiv", None, ["merge"]],
     "CREATE_WHEN_DOWN": ["no"],
     "BATCH_SIZE": [0, 10**9, 2.0, None],
     "DIRECTORY": ["relative/path", 3, ""],

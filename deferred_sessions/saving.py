@@ -1,0 +1,48 @@
+"""What `tiers` answers when memory alone cannot finish a load or a save.
+
+Made by `tiers`, acted on by `backend`. Invariant: a `Saving` says in `rest` what is left to
+do, and holds all that doing it takes.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import NamedTuple
+
+from deferred_sessions.memory.cache import Entry
+from deferred_sessions.payload import Snapshot
+from deferred_sessions.record import SessionRecord
+
+
+class Memory(Enum):
+    """What memory says when it cannot say anything."""
+
+    UNKNOWN = auto()
+    """Memory knows nothing of this session; PostgreSQL may."""
+
+
+class Rest(Enum):
+    """What is left to do for a save that memory alone could not finish."""
+
+    WRITE = auto()
+    """Saved in memory, but PostgreSQL must have it before the request goes on."""
+    ASK = auto()
+    """Not in memory: PostgreSQL has to be asked whether the session still exists."""
+    BYPASS = auto()
+    """No room in memory: the save has to go straight to PostgreSQL."""
+    MERGE = auto()
+    """Nothing was saved: somebody else changed the session since it was loaded."""
+
+
+class Saving(NamedTuple):
+    """A save that memory alone could not finish."""
+
+    rest: Rest
+    key: str
+    snapshot: Snapshot
+    user_id: str
+    expires_at: float
+    is_urgent: bool
+    base: Entry[Snapshot] | None
+    record: SessionRecord | None = None
+    """What memory holds now: the session as it was saved, or what to merge with."""
