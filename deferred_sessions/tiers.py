@@ -151,26 +151,27 @@ class Tiers:
             SessionDeletedError: The session was deleted meanwhile; nothing is changed.
         """
         payload, policy = snapshot.payload, self._policy
+        state = None if base is None else base[:2]
 
         def transition(record: SessionRecord | None) -> SessionRecord | None:
-            if record is None or record.flags & TOMBSTONE or _has_moved_on(record, base):
+            if record is None or record.flags & TOMBSTONE:
+                return record
+            if (record.version, record.entered_at) != state and _has_moved_on(record, base):
                 return record
             return lifecycle.saved(record, payload, user_id, expires_at, now, policy)
-
-        def left(rest: Rest, record: SessionRecord | None = None) -> Saving:
-            return Saving(rest, key, snapshot, user_id, expires_at, is_urgent, base, record)
 
         try:
             before, after = self._store.update(key, transition)
         except StoreFullError:
-            return left(Rest.BYPASS)
+            return Saving(Rest.BYPASS, key, snapshot, user_id, expires_at, is_urgent, base)
         if before is None or after is None:
-            return left(Rest.ASK)
+            return Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent, base)
         if after.flags & TOMBSTONE:
             raise SessionDeletedError(DELETED)
         if after is before and _has_moved_on(after, base):
-            return left(Rest.MERGE, after)
-        entry = Entry(after.version, after.entered_at, snapshot)
+            return Saving(Rest.MERGE, key, snapshot, user_id, expires_at, is_urgent, base, after)
+        # Not Entry(...), which costs as much as the rest of this method.
+        entry: Entry[Snapshot] = tuple.__new__(Entry, (after.version, after.entered_at, snapshot))
         if after.version == before.version:
             self._counters.add(Counter.TOUCHES)
             is_urgent = False
@@ -181,7 +182,7 @@ class Tiers:
             after.stored_expires_at - now < policy.interval
             and policy.cannot_wait(now, after.expires_at, after.stored_expires_at)
         ):
-            return left(Rest.WRITE, after)
+            return Saving(Rest.WRITE, key, snapshot, user_id, expires_at, is_urgent, base, after)
         return entry
 
     def overlapping(self, key: str, base: Entry[Snapshot]) -> SessionRecord | None:
