@@ -10,7 +10,6 @@ from typing import Any
 
 from django.apps import AppConfig
 from django.core.checks import Tags, register
-from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_finished, request_started
 from django.utils.translation import gettext_lazy as _
 
@@ -38,9 +37,8 @@ def _on_request_started(**_: Any) -> None:
         runtime.request_end.begin()
 
 
-def _on_request_finished(sender: type[object] | None, **_: Any) -> None:
+def _on_request_finished(**_: Any) -> None:
     from deferred_sessions.runtime import get_runtime_in_use  # noqa: PLC0415
 
     if (runtime := get_runtime_in_use()) is not None:
-        stays = sender is not None and issubclass(sender, WSGIHandler)
-        runtime.request_end.finish(time.time(), on_this_thread=stays)
+        runtime.request_end.finish(time.time())

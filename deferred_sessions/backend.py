@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from typing import Any, Final, TypeGuard
 
 from asgiref.sync import sync_to_async
@@ -24,7 +25,7 @@ from django.contrib.sessions.backends.base import (
 )
 from django.utils.crypto import get_random_string
 
-from deferred_sessions.exceptions import SessionDeletedError
+from deferred_sessions.exceptions import RowRefusedError, SessionDeletedError
 from deferred_sessions.memory.cache import Entry
 from deferred_sessions.payload import Snapshot
 from deferred_sessions.runtime import Runtime, get_runtime
@@ -36,6 +37,11 @@ characters of a-z0-9, the rest leaves room for keys that other engines have made
 
 USER_KEY: Final = "_auth_user_id"
 KEY_LENGTH: Final = 32
+MAX_USER_ID: Final = 255  # characters; as wide as the column
+NOT_CREATED: Final = (
+    "PostgreSQL inserts no session under any key. Is there a trigger or a rule on the table?"
+)
+CREATE_ATTEMPTS: Final = 10  # a random key is never taken that often
 
 
 class SessionStore(SessionBase):
@@ -158,26 +164,29 @@ class SessionStore(SessionBase):
         self._base = saved
 
     def create(self) -> None:
-        """Create a session under a new key, in PostgreSQL and in memory."""
-        while True:
+        """Create a session under a new key, in PostgreSQL and in memory.
+
+        Raises:
+            RowRefusedError: PostgreSQL takes no session, whatever the key.
+            ServerUnavailableError: It is away, and `CREATE_WHEN_DOWN` is off.
+        """
+        for _ in range(CREATE_ATTEMPTS):
             self._session_key = self._get_new_session_key()
-            try:
+            with suppress(CreateError):
                 self.save(must_create=True)
-            except CreateError:
-                continue
-            self.modified = True
-            return
+                self.modified = True
+                return
+        raise RowRefusedError(NOT_CREATED)
 
     async def acreate(self) -> None:
         """Do what `create` does."""
-        while True:
+        for _ in range(CREATE_ATTEMPTS):
             self._session_key = await self._aget_new_session_key()
-            try:
+            with suppress(CreateError):
                 await self.asave(must_create=True)
-            except CreateError:
-                continue
-            self.modified = True
-            return
+                self.modified = True
+                return
+        raise RowRefusedError(NOT_CREATED)
 
     def cycle_key(self) -> None:
         """Go on under another key, with what overlapping requests saved under this one."""
@@ -239,7 +248,7 @@ class SessionStore(SessionBase):
         return runtime.tiers.remember(
             key,
             snapshot,
-            str(session.get(USER_KEY) or ""),
+            _user_id(session),
             self._expires_at(session, now),
             now,
             is_urgent=is_urgent,
@@ -273,7 +282,7 @@ class SessionStore(SessionBase):
         created = runtime.tiers.create(
             key,
             snapshot,
-            str(session.get(USER_KEY) or ""),
+            _user_id(session),
             expires_at=self._expires_at(session, now),
             now=now,
         )
@@ -298,3 +307,12 @@ class SessionStore(SessionBase):
 
 def _is_valid(key: str | None) -> TypeGuard[str]:
     return key is not None and VALID_KEY(key) is not None
+
+
+def _user_id(session: dict[str, Any]) -> str:
+    """Return who is logged in, as far as the column can hold it, or ""."""
+    user_id = session.get(USER_KEY)
+    if not user_id:
+        return ""
+    text = str(user_id).replace("\0", "")[:MAX_USER_ID]
+    return text if text.isascii() else text.encode(errors="replace").decode()

@@ -27,6 +27,7 @@ NAME: Final = "DEFERRED_SESSIONS"
 ENGINE: Final = "deferred_sessions.backend"
 MIN_STORE_SIZE: Final = 4 << 20
 MAX_BATCH_SIZE: Final = 10_000
+MAX_INTERVAL: Final = 86_400  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +123,12 @@ def relations() -> Iterator[Problem]:
             f"The database {alias!r} is {connections[alias].display_name}, not PostgreSQL.",
             "Name a PostgreSQL database in DEFERRED_SESSIONS['SERVERS'].",
         )
+    elif not connections[alias].settings_dict.get("AUTOCOMMIT", True):
+        yield Problem(
+            "E007",
+            f"AUTOCOMMIT is off for the database {alias!r}, so nobody commits what is flushed.",
+            "Leave it on, or give the sessions an alias of their own in SERVERS.",
+        )
     if not is_in_use():
         yield Problem(
             "W001",
@@ -203,8 +210,8 @@ _COUNT = (
 )
 _RULES: Final[Mapping[str, tuple[Any, str]]] = {
     "FLUSH_INTERVAL": (
-        lambda value: _is_number(value) and 0 < value < float("inf"),
-        "a positive number of seconds, such as 60.0",
+        lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
+        "a positive number of seconds, such as 60.0, and at most a day",
     ),
     "FLUSH_AFTER_UPDATES": _COUNT,
     "FLUSH_AFTER_REQUESTS": _COUNT,
@@ -222,7 +229,12 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
     ),
     "DIRECTORY": (
         lambda value: (
-            value is None or (isinstance(value, str | Path) and Path(value).is_absolute())
+            value is None
+            or (
+                isinstance(value, str | Path)
+                and Path(value).is_absolute()
+                and "\0" not in str(value)
+            )
         ),
         "None or an absolute path",
     ),

@@ -98,26 +98,32 @@ class FlushRun:
         else:
             self._write(before)
 
+    def abandon(self) -> None:
+        """Give up in the middle: whatever is under way, nobody will read its result."""
+        if self._under_way:
+            self._server.disconnect()
+
     def _send(self, stream: StatementStream, batch: Sequence[Dirty], columns: Columns) -> None:
         """Get `batch` under way; write it with care if the stream has broken."""
         self._counters.add(Counter.STATEMENTS)
+        self._under_way = batch
         try:
             stream.send(self._server.update_parameters(columns, self._now))
         except psycopg.Error:
-            self._stream = None
+            self._stream, self._under_way = None, ()
             self._write(batch)
-        else:
-            self._under_way = batch
 
     def _receive(self, stream: StatementStream) -> tuple[Sequence[Dirty], bool]:
         """Return the batch that was under way, and whether PostgreSQL took all of it."""
-        before, self._under_way = self._under_way, ()
+        before = self._under_way
         if not before:
             return before, True
         try:
-            return before, stream.rows() == len(before)
+            was_taken = stream.rows() == len(before)
         except psycopg.Error:  # what is wrong, the careful way will find out
-            return before, False
+            was_taken = False
+        self._under_way = ()
+        return before, was_taken
 
     def _mark(self, batch: Sequence[Dirty]) -> None:
         if batch:

@@ -31,6 +31,7 @@ from deferred_sessions.writer import RecordWriter
 
 logger = logging.getLogger(__name__)
 
+STUCK_AFTER: Final = 120.0  # seconds that the longest run may take unremarked
 NOTE: Final = "flush"  # the name under which the last report is left for the node
 
 
@@ -64,11 +65,12 @@ class Flusher:
         self._store.open()
         with self._lock.held(wait=everything) as is_held:
             if not is_held:
+                self._complain(now)
                 return FlushReport(at=now, skipped=True)
             started = time.monotonic()
             self._store.sweep(now)
             report = replace(
-                self._flush(now, NEVER if everything else now),
+                self._flush(now, self._horizon(now, everything=everything)),
                 seconds=time.monotonic() - started,
                 remaining=self._store.status().dirty,
             )
@@ -96,8 +98,8 @@ class Flusher:
     def clear_expired(self, now: float) -> None:
         """Delete what has expired by `now`, in PostgreSQL and in memory.
 
-        Sessions that were extended in memory are due before their stored expiry, so a
-        flush first keeps them; without it nothing is deleted.
+        Sessions that were extended in memory are flushed first; what PostgreSQL could not
+        take then, because it is locked or refused, is spared.
 
         Raises:
             ServerUnavailableError: PostgreSQL is away.
@@ -107,7 +109,7 @@ class Flusher:
             if report.failure:
                 raise ServerUnavailableError(report.failure)
             self._store.forget_expired(now)
-        self._server.clear_expired(now)
+        self._server.clear_expired(now, spare=self._alive_in_memory(now))
 
     def last_report(self) -> FlushReport | None:
         """Return the report of the last run on this node, by any process, or None."""
@@ -120,11 +122,46 @@ class Flusher:
         batch = next(batches, None)
         if batch is not None:
             run.start_streaming()
-        while batch is not None and not run.report.failure:
-            run.take(batch)
-            batch = next(batches, None)
-        run.finish()
+        try:
+            while batch is not None and not run.report.failure:
+                run.take(batch)
+                batch = next(batches, None)
+            run.finish()
+        except BaseException:
+            run.abandon()
+            raise
         return run.report
+
+    def _horizon(self, now: float, *, everything: bool) -> float:
+        """Return up to which due time to write.
+
+        All that is dirty also if the store is crowded, because only what is clean can be
+        evicted; and if the clock was set back, because due times are from before.
+        """
+        last = self.last_report()
+        was_set_back = last is not None and last.at > now
+        return NEVER if everything or was_set_back or self._store.is_crowded() else now
+
+    def _alive_in_memory(self, now: float) -> list[str]:
+        """Return the keys of the sessions that have expired in PostgreSQL only."""
+        if not self._store.exists():
+            return []
+        return [
+            dirty.key
+            for batch in self._batches(NEVER)
+            for dirty in batch
+            if dirty.head.stored_expires_at <= now < dirty.head.expires_at
+        ]
+
+    def _complain(self, now: float) -> None:
+        """Say so if the flusher that is at work has been for long."""
+        last = self.last_report()
+        if last is not None and now - last.at > max(STUCK_AFTER, 2 * self._policy.interval):
+            logger.warning(
+                "A flusher of this node has been at work for %d s. Does PostgreSQL hang?",
+                now - last.at,
+                extra={"action": "flush_stuck"},
+            )
 
     def _batches(self, horizon: float) -> Iterator[Sequence[Dirty]]:
         """Yield what is due, longest due first, each record once."""

@@ -24,9 +24,9 @@ class Outcome:
     updated: Sequence[Dirty] = ()
     touched: Sequence[Dirty] = ()
     deleted: Sequence[Dirty] = ()
-    repeated: list[tuple[Dirty, int]] = field(default_factory=list)
+    repeated: list[tuple[Dirty, int, float]] = field(default_factory=list)
     """Had been written before, by an attempt that did not live to say so; with the
-    version that PostgreSQL has."""
+    version and the expiry that PostgreSQL has."""
     vanished: list[Dirty] = field(default_factory=list)
     """Deleted in PostgreSQL by somebody else; to be deleted here."""
     superseded: list[Dirty] = field(default_factory=list)
@@ -53,8 +53,8 @@ class Outcome:
             for key, head, _, _ in self.written:
                 if key in changed_since:
                     marks[key] = partial(_written, head.version, head.expires_at, now, policy)
-        for dirty, version in self.repeated:
-            marks[dirty.key] = partial(_written, version, dirty.head.expires_at, now, policy)
+        for dirty, version, expires_at in self.repeated:
+            marks[dirty.key] = partial(_written, version, expires_at, now, policy)
         for dirty in (*self.deleted, *self.vanished):
             marks[dirty.key] = partial(_deleted, dirty.key, now, policy)
         for dirty in self.superseded:
@@ -67,8 +67,8 @@ class Outcome:
 def _written(
     version: int, expires_at: float, now: float, policy: Policy, record: SessionRecord | None
 ) -> SessionRecord | None:
-    if record is None:
-        return None
+    if record is None or (record.version < version and not record.is_tombstone):
+        return None  # PostgreSQL has a later state: the next load reads that
     return lifecycle.written(record, version=version, expires_at=expires_at, now=now, policy=policy)
 
 

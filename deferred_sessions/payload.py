@@ -2,8 +2,8 @@
 
 Called by `backend` and `tiers`. A `Snapshot` is a session as it was at one payload;
 processes keep snapshots in their cache and share them between requests. Invariants: a
-snapshot is never handed out, only copies of it; and what a codec encodes is, byte for
-byte, what SESSION_SERIALIZER would have made.
+snapshot is never handed out, only copies of it; and what a codec encodes decodes to
+exactly what SESSION_SERIALIZER would have made.
 
 Sessions are small changes to the same few keys, again and again. So for Django's own
 JSON serializer a save encodes only the keys that changed, and a load copies without
@@ -18,6 +18,7 @@ import json
 import logging
 import marshal
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import compress
 from json.encoder import encode_basestring_ascii
 from operator import is_not
@@ -158,13 +159,19 @@ class _JsonSnapshot:
         """The text of all keys and values as it stands in the payload, if known."""
 
     def copy(self) -> Session:
-        session = (self._values or self._take_apart()).copy()
+        try:
+            session = (self._values or self._take_apart()).copy()
+        except _TooDeepError:
+            return _readable(JSONSerializer, self.payload)
         if self._nested:
             session.update(zip(self._nested_keys, _loaded(self._nested)))  # noqa: B905
         return session
 
     def changed_to(self, session: Session) -> tuple[Snapshot, Iterable[str]]:
-        values, known = self._values or self._take_apart(), self._fragments
+        try:
+            values, known = self._values or self._take_apart(), self._fragments
+        except _TooDeepError:
+            return _SerializerSnapshot(self.payload, JSONSerializer).changed_to(session)
         has_same_keys = list(session) == list(values)
         changed = self._changed_keys(session, values, has_same_keys=has_same_keys)
         if has_same_keys and not changed:
@@ -192,7 +199,8 @@ class _JsonSnapshot:
             return after, changed
         old = self.copy()
         renewed = {key: json.loads(f"{{{fragments[key]}}}")[key] for key in changed}
-        after._set_values({key: renewed.get(key, old.get(key)) for key in session})
+        with suppress(_TooDeepError):
+            after._set_values({key: renewed.get(key, old.get(key)) for key in session})
         return after, _with_removed(changed, session, values)
 
     def _changed_keys(self, session: Session, values: Session, *, has_same_keys: bool) -> list[str]:
@@ -228,10 +236,16 @@ class _JsonSnapshot:
     def _set_values(self, values: Session) -> Session:
         """Keep `values`, which must be decoded ones: JSON makes lists of tuples."""
         nested = {key: value for key, value in values.items() if type(value) not in _SCALARS}
-        self._nested_keys = dict.fromkeys(nested)
-        self._nested = marshal.dumps(list(nested.values()), _MARSHAL) if nested else b""
+        marshalled = _marshalled(list(nested.values())) if nested else b""
+        if marshalled is None:
+            raise _TooDeepError
+        self._nested_keys, self._nested = dict.fromkeys(nested), marshalled
         self._values = {**values, **dict.fromkeys(nested, _NESTED)}
         return self._values
+
+
+class _TooDeepError(Exception):
+    """A value is nested deeper than marshal goes, though JSON does."""
 
 
 def _with_removed(changed: list[str], session: Session, values: Session) -> Iterable[str]:
@@ -241,7 +255,14 @@ def _with_removed(changed: list[str], session: Session, values: Session) -> Iter
 def _different(old: Session, new: Session) -> Iterable[str]:
     """Return the keys whose values are not equal, or that only one of both has."""
     keys = {**old, **new}
-    return [key for key in keys if old.get(key, _MISSING) != new.get(key, _MISSING)]
+    return [key for key in keys if _differ(old.get(key, _MISSING), new.get(key, _MISSING))]
+
+
+def _differ(old: Any, new: Any) -> bool:
+    try:
+        return bool(old != new)
+    except Exception:  # noqa: BLE001 - an array, for one, answers with an array
+        return True
 
 
 def _marshalled(value: Any) -> bytes | None:

@@ -47,8 +47,11 @@ class Policy(NamedTuple):
 
         `known` is when it was due already, or NEVER: reasons only bring that forward.
         `changed` tells that PostgreSQL lacks the payload, not only the expiry.
-        `written_at` is when the interval began, or NEVER if `known` allows for it.
+        `written_at` is when the interval began, or NEVER if `known` allows for it; in
+        the future only if the clock was set back.
         """
+        if now < written_at < NEVER:
+            written_at = now
         due_at = min(known, written_at + self.interval)
         if changed and self.has_reached_count(updates, requests):
             due_at = min(due_at, now)

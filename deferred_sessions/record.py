@@ -75,6 +75,9 @@ class SessionRecord(NamedTuple):
     """When the record came into memory. A key that is evicted or deleted and comes back
     may come back with a version it had before; this tells the two apart."""
 
+    def __repr__(self) -> str:
+        return f"<SessionRecord of version {self.version}>"  # key and payload are secrets
+
     @property
     def is_dirty(self) -> bool:
         """PostgreSQL lacks something this record has."""

@@ -3,16 +3,16 @@
 Called by Django's `request_started` and `request_finished` signals (see `apps`) and by
 `backend` when a session is loaded. Invariant: nothing here delays or fails a response.
 
-Django's signals do not say which request they are about. Under WSGI a request stays
-on its thread, so uses are kept by thread; under ASGI it wanders, so the end of any
-request settles all uses noted so far, at most a request too early.
+Django's signals do not say which request they are about, so uses are kept in the
+context of the request, which asgiref carries along between threads and event loops.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+from contextvars import ContextVar
 from functools import partial
+from typing import Final
 
 from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import DeferredSessionsError
@@ -22,6 +22,11 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.policy import Policy
 
 logger = logging.getLogger(__name__)
+
+MAX_USES: Final = 100  # kept outside of requests, where nobody settles them
+
+_uses: ContextVar[dict[str, None] | None] = ContextVar("deferred_sessions_uses", default=None)
+"""The sessions that this request has used so far, in order."""
 
 
 class RequestEnd:
@@ -44,34 +49,36 @@ class RequestEnd:
         self._flushes = flush
         self.is_needed = self._counts or self._flushes
         """Whether uses have to be noted at all; by default they need not."""
-        self._uses: dict[int, list[str]] = {}
 
     def note_use(self, key: str) -> None:
-        """Note that the request on this thread uses the session of `key`."""
-        self._uses.setdefault(threading.get_ident(), []).append(key)
+        """Note that this request uses the session of `key`."""
+        uses = _uses.get()
+        if uses is None:
+            uses = {}
+            _uses.set(uses)
+        uses[key] = None
+        if len(uses) > MAX_USES:
+            del uses[next(iter(uses))]
 
     def begin(self) -> None:
-        """Forget uses on this thread that did not belong to a request."""
-        self._uses.pop(threading.get_ident(), None)
+        """Forget uses in this context that did not belong to a request."""
+        _uses.set({})
 
-    def finish(self, now: float, *, on_this_thread: bool) -> None:
+    def finish(self, now: float) -> None:
         """Settle the uses of the request that has ended."""
         self._counters.add(Counter.REQUESTS)
-        if not self._uses:
+        uses = _uses.get()
+        if not uses:
             return
+        keys = list(uses)
+        uses.clear()
         try:
-            self._settle(self._take(on_this_thread=on_this_thread), now)
+            self._settle(keys, now)
         except DeferredSessionsError:
             logger.exception(
                 "The end of a request could not be counted.",
                 extra={"action": "request_end_failed"},
             )
-
-    def _take(self, *, on_this_thread: bool) -> list[str]:
-        if on_this_thread:
-            return self._uses.pop(threading.get_ident(), [])
-        taken, self._uses = self._uses, {}
-        return [key for keys in taken.values() for key in keys]
 
     def _settle(self, keys: list[str], now: float) -> None:
         if self._counts:
@@ -79,4 +86,4 @@ class RequestEnd:
             for key in keys:
                 self._store.update(key, lambda record: record and served(record))
         if self._flushes:
-            self._flusher.flush_due(list(dict.fromkeys(keys)), now)
+            self._flusher.flush_due(keys, now)

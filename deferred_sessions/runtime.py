@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from django.core.signals import setting_changed
 
+from deferred_sessions.bypass import Bypass
 from deferred_sessions.conf import (
     NAME,
     Settings,
@@ -24,6 +24,7 @@ from deferred_sessions.conf import (
 )
 from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.flusher import Flusher
+from deferred_sessions.intake import Intake
 from deferred_sessions.memory.cache import SessionCache
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
@@ -34,6 +35,7 @@ from deferred_sessions.request_end import RequestEnd
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.statistics import StatisticsReader
 from deferred_sessions.tiers import Tiers
+from deferred_sessions.write_through import WriteThrough
 from deferred_sessions.writer import RecordWriter
 
 _built: list[Runtime] = []  # at most one; appending is atomic, so no lock is needed
@@ -93,9 +95,10 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     cache: SessionCache[Snapshot] = SessionCache(settings.cache_size)
     counters = Counters(directory)
     store.on_evicted = partial(counters.add, Counter.EVICTIONS)
-    server = SessionServer(settings.server, owner=_node(directory))
+    server = SessionServer(settings.server, owner=partial(_owner, store))
     encoder = RowEncoder()
     writer = RecordWriter(store, server, encoder, counters, policy)
+    intake = Intake(store, server, encoder)
     flusher = Flusher(
         store=store,
         server=server,
@@ -118,12 +121,26 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             cache=cache,
             codec=codec,
             server=server,
-            writer=writer,
-            encoder=encoder,
+            intake=intake,
+            bypass=Bypass(
+                store=store,
+                server=server,
+                intake=intake,
+                writer=writer,
+                counters=counters,
+                policy=policy,
+            ),
+            write_through=WriteThrough(
+                store=store,
+                server=server,
+                writer=writer,
+                counters=counters,
+                policy=policy,
+                create_when_down=settings.create_when_down,
+            ),
             counters=counters,
             policy=policy,
             write_on_create=settings.write_on_create,
-            create_when_down=settings.create_when_down,
         ),
         request_end=RequestEnd(
             store=store,
@@ -136,9 +153,9 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     )
 
 
-def _node(directory: Path) -> str:
-    """Return the name of this node: its host and its directory, in 64 characters."""
-    return f"{os.uname().nodename}:{directory.name}"[-64:]
+def _owner(store: HostStore) -> str:
+    """Return the name of this node and the incarnation of its store, in 64 characters."""
+    return f"{os.uname().nodename[:40]}#{store.incarnation()}"
 
 
 def _on_setting_changed(*, setting: str, **_: object) -> None:

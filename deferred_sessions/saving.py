@@ -1,17 +1,19 @@
 """What `tiers` answers when memory alone cannot finish a load or a save.
 
-Made by `tiers`, acted on by `backend`. Invariant: a `Saving` says in `rest` what is left to
-do, and holds all that doing it takes.
+Made by `tiers` and `bypass`, acted on by `backend`. Invariant: a `Saving` says in `rest`
+what is left to do, and holds all that doing it takes.
 """
 
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from deferred_sessions.memory.cache import Entry
 from deferred_sessions.payload import Snapshot
 from deferred_sessions.record import SessionRecord
+
+DELETED: Final = "The session was deleted before it was saved."
 
 
 class Memory(Enum):
@@ -46,3 +48,15 @@ class Saving(NamedTuple):
     base: Entry[Snapshot] | None
     record: SessionRecord | None = None
     """What memory holds now: the session as it was saved, or what to merge with."""
+
+    def __repr__(self) -> str:
+        return f"<Saving, to {self.rest.name}>"  # a session key is a secret
+
+
+def has_moved_on(record: SessionRecord, base: Entry[Snapshot] | None) -> bool:
+    """Tell whether `record` holds another session than `base`."""
+    return (
+        base is not None
+        and (record.version != base[0] or record.entered_at != base[1])
+        and record.payload != base[2].payload
+    )

@@ -15,37 +15,25 @@ Invariant: a failure of PostgreSQL raises; it never looks like "no such session"
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
 from functools import partial
 from typing import Final, Literal
 
 from deferred_sessions import lifecycle
-from deferred_sessions.encoding import RowEncoder
-from deferred_sessions.exceptions import (
-    RecordCorruptError,
-    RowRefusedError,
-    ServerUnavailableError,
-    SessionDeletedError,
-    StoreFullError,
-)
+from deferred_sessions.bypass import Bypass
+from deferred_sessions.exceptions import SessionDeletedError, StoreFullError
+from deferred_sessions.intake import Intake
 from deferred_sessions.memory.cache import Entry, SessionCache
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
-from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import TOMBSTONE, SessionRecord
-from deferred_sessions.saving import Memory, Rest, Saving
-from deferred_sessions.servers.server import Row, SessionServer
-from deferred_sessions.writer import RecordWriter
-
-logger = logging.getLogger(__name__)
-security_logger = logging.getLogger("django.security.SuspiciousSession")  # as Django does
+from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on
+from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.write_through import WriteThrough
 
 ATTEMPTS: Final = 5  # at saving a session that keeps being evicted meanwhile
-LOG_INTERVAL: Final = 60.0  # seconds between messages of the same outage
-DELETED: Final = "The session was deleted before it was saved."
 
 
 class Tiers:
@@ -58,24 +46,23 @@ class Tiers:
         cache: SessionCache[Snapshot],
         codec: Codec,
         server: SessionServer,
-        writer: RecordWriter,
-        encoder: RowEncoder,
+        intake: Intake,
+        bypass: Bypass,
+        write_through: WriteThrough,
         counters: Counters,
         policy: Policy,
         write_on_create: bool,
-        create_when_down: bool,
     ) -> None:
         self._store = store
         self._cache = cache
         self._codec = codec
         self._server = server
-        self._writer = writer
-        self._encoder = encoder
+        self._intake = intake
+        self._bypass = bypass
+        self._write_through = write_through
         self._counters = counters
         self._policy = policy
         self._write_on_create = write_on_create
-        self._create_when_down = create_when_down
-        self._logged_at = -LOG_INTERVAL
 
     # Load
 
@@ -88,6 +75,7 @@ class Tiers:
         if head is None:
             return Memory.UNKNOWN
         if head.flags & TOMBSTONE or head.expires_at <= now:
+            self._cache.drop(key)
             return None
         self._counters.add(Counter.LOADS)
         if now - head.used_at >= lifecycle.USE_GRAIN:
@@ -103,13 +91,10 @@ class Tiers:
             ServerUnavailableError: Nothing is known about the session.
         """
         self._counters.add(Counter.MISSES)
-        row = self._server.read(key)
-        if row is None or row.expires_at <= now:
+        found = self._intake.take_in(key, now)
+        if found is None or found.record.is_tombstone or found.record.expires_at <= now:
             return None
-        record = self._keep(self._record(row, now))
-        if record.is_tombstone:
-            return None
-        return self._entry(record)
+        return self._entry(found.record)
 
     def exists(self, key: str, now: float) -> bool | None:
         """Tell whether `key` is a live session; None if memory does not know."""
@@ -156,7 +141,7 @@ class Tiers:
         def transition(record: SessionRecord | None) -> SessionRecord | None:
             if record is None or record.flags & TOMBSTONE:
                 return record
-            if (record.version, record.entered_at) != state and _has_moved_on(record, base):
+            if (record.version, record.entered_at) != state and has_moved_on(record, base):
                 return record
             return lifecycle.saved(record, payload, user_id, expires_at, now, policy)
 
@@ -168,7 +153,7 @@ class Tiers:
             return Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent, base)
         if after.flags & TOMBSTONE:
             raise SessionDeletedError(DELETED)
-        if after is before and _has_moved_on(after, base):
+        if after is before and has_moved_on(after, base):
             return Saving(Rest.MERGE, key, snapshot, user_id, expires_at, is_urgent, base, after)
         # Not Entry(...), which costs as much as the rest of this method.
         entry: Entry[Snapshot] = tuple.__new__(Entry, (after.version, after.entered_at, snapshot))
@@ -188,7 +173,7 @@ class Tiers:
     def overlapping(self, key: str, base: Entry[Snapshot]) -> SessionRecord | None:
         """Return what memory has of `key`, if that is not the session `base` any more."""
         record = self._store.get(key)
-        if record is None or record.is_tombstone or not _has_moved_on(record, base):
+        if record is None or record.is_tombstone or not has_moved_on(record, base):
             return None
         return record
 
@@ -198,34 +183,27 @@ class Tiers:
         Raises:
             SessionDeletedError: The session is not in PostgreSQL either.
             ServerUnavailableError: Nothing was saved.
+            StoreFullError, RowRefusedError: see `Bypass.save`; nothing was saved.
         """
         result: Entry[Snapshot] | Saving = saving
         for _ in range(ATTEMPTS):
             if isinstance(result, Entry) or result.rest is not Rest.ASK:
                 break
-            row = self._server.read(saving.key)
-            if row is None:
+            found = self._intake.take_in(saving.key, now)
+            if found is None:
                 raise SessionDeletedError(DELETED)
-            self._keep(self._record(row, now))
+            if not found.is_kept:
+                break
             _, key, snapshot, user_id, expires_at, is_urgent, base, _ = saving
             result = self.remember(
                 key, snapshot, user_id, expires_at, now, is_urgent=is_urgent, base=base
             )
         if isinstance(result, Entry) or result.rest is Rest.MERGE:
             return result
-        if result.record is None:
-            return self._save_past_memory(result, now)
-        self.write_through(result.record, now)
+        if result.rest is not Rest.WRITE or result.record is None:
+            return self._bypass.save(result, now)
+        self._write_through.write(result.record, now)
         return Entry(result.record.version, result.record.entered_at, result.snapshot)
-
-    def write_through(self, record: SessionRecord, now: float) -> None:
-        """Write `record` now; if PostgreSQL is away, keep it dirty and due at once."""
-        try:
-            self._writer.write_through(record, now)
-        except (ServerUnavailableError, RowRefusedError) as error:
-            self._postpone(record.key, now, error)
-        else:
-            self._counters.add(Counter.WRITES_THROUGH)
 
     # Create and delete
 
@@ -240,7 +218,8 @@ class Tiers:
         `WRITE_ON_CREATE` is off.
 
         Raises:
-            ServerUnavailableError: Away, and `CREATE_WHEN_DOWN` is off.
+            ServerUnavailableError, RowLockedError: Away, and `CREATE_WHEN_DOWN` is off.
+            RowRefusedError: PostgreSQL does not want this data.
             StoreFullError: Neither PostgreSQL nor memory could take it.
         """
         record = lifecycle.created(
@@ -249,18 +228,10 @@ class Tiers:
         if self._store.get(key) is not None:
             return None
         if self._write_on_create:
-            try:
-                if not self._server.insert(self._writer.columns([Dirty.of(record)]), now):
-                    return None
-            except ServerUnavailableError as error:
-                if not self._create_when_down:
-                    raise
-                record = lifecycle.due_again(record, due_at=now)
-                self._log_postponed(error, now)
-            else:
-                self._counters.add(Counter.ROWS_WRITTEN)
-                self._counters.add(Counter.STATEMENTS)
-                record = self._inserted(record, now)
+            inserted = self._write_through.insert(record, now)
+            if inserted is None:
+                return None
+            record = inserted
         try:
             before, _ = self._store.update(key, lambda known: known or record)
         except StoreFullError:
@@ -278,12 +249,23 @@ class Tiers:
         Memory forgets it first and remembers the deletion, so that no load or save
         that is under way brings it back; if PostgreSQL is away, or the application's
         transaction rolls back, the flusher deletes it there later.
+
+        Raises:
+            StoreFullError: PostgreSQL is away, and memory has no room to remember it.
         """
         burial = partial(lifecycle.deleted, key=key, now=now, policy=self._policy)
-        tombstone = self._store.update(key, burial)[1]
         self._counters.add(Counter.DELETIONS)
-        if tombstone is not None and tombstone.is_dirty:
-            self.write_through(tombstone, now)
+        self._cache.drop(key)
+        tombstone = self._store.bury(key, lambda known: known and burial(known))[1]
+        if tombstone is None and self._write_through.delete_unknown(key, now):
+            # What a load that was faster has put into memory meanwhile goes, too.
+            self._store.bury(key, lambda known: known and burial(known))
+            return
+        if tombstone is None:
+            due_now = partial(lifecycle.due_again, due_at=now)
+            self._store.bury(key, lambda known: due_now(burial(known)))
+        elif tombstone.is_dirty:
+            self._write_through.write(tombstone, now)
 
     # Inside
 
@@ -301,101 +283,6 @@ class Tiers:
     def _entry(self, record: SessionRecord) -> Entry[Snapshot]:
         return Entry(record.version, record.entered_at, self._codec.decode(record.payload))
 
-    def _keep(self, record: SessionRecord) -> SessionRecord:
-        """Put a record from PostgreSQL into memory, unless memory knows better."""
-        try:
-            kept = self._store.update(record.key, lambda known: known or record)[1]
-        except StoreFullError:
-            return record
-        return kept or record
-
-    def _record(self, row: Row, now: float) -> SessionRecord:
-        """Return the clean record of a row; unreadable data makes an empty session."""
-        try:
-            payload = self._encoder.to_payload(row.data)
-        except RecordCorruptError:
-            security_logger.warning("Session data corrupted")
-            payload = b""
-        return lifecycle.loaded(
-            row.key,
-            payload,
-            row.user_id,
-            version=max(1, row.version),  # anybody may write anything into a row
-            fence=max(0, row.fence),
-            created_at=row.created_at,
-            expires_at=row.expires_at,
-            written_at=row.written_at,
-            now=now,
-        )
-
-    def _inserted(self, record: SessionRecord, now: float) -> SessionRecord:
-        """Return `record` as clean, or have the commit make it so."""
-        mark = partial(
-            lifecycle.written,
-            version=record.version,
-            expires_at=record.expires_at,
-            now=now,
-            policy=self._policy,
-        )
-        if not self._server.in_transaction():
-            return mark(record)
-        self._server.after_commit(
-            lambda: self._store.update(record.key, lambda known: known and mark(known))
-        )
-        return record
-
     def _note_use(self, key: str, now: float) -> None:
         with suppress(StoreFullError):  # it only orders eviction
             self._store.update(key, lambda known: known and lifecycle.used(known, now=now))
-
-    def _save_past_memory(self, saving: Saving, now: float) -> Entry[Snapshot] | Saving:
-        """Save straight to PostgreSQL; memory forgets what it had."""
-        for _ in range(ATTEMPTS):
-            row = self._server.read(saving.key)
-            if row is None:
-                break
-            current = self._store.get(saving.key) or self._record(row, now)
-            if _has_moved_on(current, saving.base):
-                return saving._replace(rest=Rest.MERGE, record=current)
-            record = lifecycle.saved(
-                current,
-                saving.snapshot.payload,
-                saving.user_id,
-                saving.expires_at,
-                now,
-                self._policy,
-            )
-            if self._server.update(self._writer.columns([Dirty.of(record)]), now):
-                self._counters.add(Counter.STORE_FULL)
-                self._store.update(saving.key, partial(_forgotten, current))
-                return Entry(record.version, record.entered_at, saving.snapshot)
-        raise SessionDeletedError(DELETED)
-
-    def _postpone(self, key: str, now: float, error: Exception) -> None:
-        self._store.update(key, lambda known: known and lifecycle.due_again(known, due_at=now))
-        self._log_postponed(error, now)
-
-    def _log_postponed(self, error: Exception, now: float) -> None:
-        self._counters.add(Counter.WRITES_POSTPONED)
-        if now - self._logged_at < LOG_INTERVAL:  # an outage would fill the log
-            return
-        self._logged_at = now
-        logger.warning(
-            "Sessions that must not wait are kept in memory for now: %s",
-            error,
-            extra={"action": "write_postponed"},
-        )
-
-
-def _has_moved_on(record: SessionRecord, base: Entry[Snapshot] | None) -> bool:
-    """Tell whether `record` holds another session than `base`."""
-    return (
-        base is not None
-        and (record.version != base[0] or record.entered_at != base[1])
-        and record.payload != base[2].payload
-    )
-
-
-def _forgotten(known: SessionRecord, record: SessionRecord | None) -> SessionRecord | None:
-    """Forget what was known when the row was written; keep what came after."""
-    return None if record is None or record.version == known.version else record

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Final
+from contextlib import suppress
 
 from deferred_sessions.encoding import RowEncoder
+from deferred_sessions.exceptions import RecordCorruptError
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.outcome import Outcome
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import CHANGED, TOMBSTONE, Head, SessionRecord, split_rests
+from deferred_sessions.record import CHANGED, TOMBSTONE, SessionRecord, split_rests
 from deferred_sessions.servers.server import Columns, SessionServer, State
 
 logger = logging.getLogger(__name__)
 
-MAX_USER_ID: Final = 255  # characters; as wide as the column
+EXPIRY_GRAIN: Final = 0.001  # seconds; expiries that are closer are the same
 
 
 class RecordWriter:
@@ -58,8 +58,8 @@ class RecordWriter:
     def write_through(self, record: SessionRecord, now: float) -> Outcome:
         """Write `record` with a single statement, waiting for its row if need be.
 
-        Inside a transaction of the application the mark waits for its commit: until
-        then, and if it is rolled back, the record stays dirty and is written again.
+        Inside a transaction of the application nothing is marked: what it sees is not
+        for others yet, and nobody can tell whether it will commit. The flusher makes sure.
 
         Raises:
             ServerUnavailableError, RowRefusedError: Nothing was written or marked.
@@ -77,15 +77,14 @@ class RecordWriter:
             [head.expires_at for head in heads],
             [head.version for head in heads],
             [head.fence for head in heads],
-            [user_id and user_id.replace("\0", "")[:MAX_USER_ID] for user_id in user_ids],
+            user_ids,
             [head.created_at for head in heads],
         )
 
     def mark_written(self, batch: Sequence[Dirty], now: float) -> None:
-        """Tell the host store that PostgreSQL has `batch`, at the versions it stands at."""
-        outcome = Outcome(updated=batch)
-        self._count(outcome)
-        self._mark(outcome, now)
+        """Tell the host store that PostgreSQL has committed `batch`, as it stands there."""
+        self._counters.add(Counter.ROWS_WRITTEN, len(batch))
+        self._mark(Outcome(updated=batch), now)
 
     def _send(self, batch: Sequence[Dirty], now: float) -> Outcome:
         """Send one statement for each kind of change; keys in order, against deadlocks."""
@@ -125,29 +124,30 @@ class RecordWriter:
             state = states.get(dirty.key)
             if state is None:
                 outcome.vanished.append(dirty)
-            elif self._is_ours(dirty.head, state):
+            elif self._is_ours(dirty, state):
                 # Taken just now; or an earlier attempt got through; or another flusher
                 # of this node was faster, perhaps with a later version.
-                outcome.repeated.append((dirty, state.version))
+                outcome.repeated.append((dirty, state.version, _stored_expiry(dirty, state)))
             elif state.fence <= dirty.head.fence and state.version < dirty.head.version:
                 outcome.outdated.append(dirty)
             else:
                 outcome.superseded.append(dirty)
 
-    def _is_ours(self, head: Head, state: State) -> bool:
+    def _is_ours(self, dirty: Dirty, state: State) -> bool:
         """Tell whether this node wrote the row, at this version or a later one."""
-        return (
-            state.owner == self._server.owner
-            and state.fence == head.fence
-            and state.version >= head.version
-        )
+        if state.owner != self._server.owner() or state.fence != dirty.head.fence:
+            return False
+        if state.version != dirty.head.version:
+            return state.version > dirty.head.version
+        with suppress(RecordCorruptError):
+            return self._encoder.to_payload(state.data) == dirty.record.payload
+        return False
 
     def _finish(self, outcome: Outcome, now: float) -> Outcome:
-        self._count(outcome)
-        if self._server.in_transaction():
-            self._server.after_commit(partial(self._mark, outcome, now))
-        else:
+        self._counters.add(Counter.ROWS_WRITTEN, outcome.rows)
+        if not self._server.in_transaction():
             self._mark(outcome, now)
+            self._tell(outcome)
         return outcome
 
     def _mark(self, outcome: Outcome, now: float) -> None:
@@ -157,8 +157,7 @@ class RecordWriter:
         if marks:
             self._store.update_many(marks)
 
-    def _count(self, outcome: Outcome) -> None:
-        self._counters.add(Counter.ROWS_WRITTEN, outcome.rows)
+    def _tell(self, outcome: Outcome) -> None:
         for counter, records, what in (
             (Counter.VANISHED, outcome.vanished, "were deleted in PostgreSQL"),
             (Counter.SUPERSEDED, outcome.superseded, "are newer in PostgreSQL"),
@@ -171,6 +170,12 @@ class RecordWriter:
                     what,
                     extra={"action": f"sessions_{counter.name.lower()}", "count": len(records)},
                 )
+
+
+def _stored_expiry(dirty: Dirty, state: State) -> float:
+    """Return the expiry that PostgreSQL has; it rounds to microseconds."""
+    ours = dirty.head.expires_at
+    return ours if abs(state.expires_at - ours) < EXPIRY_GRAIN else state.expires_at
 
 
 def by_kind(batch: Iterable[Dirty]) -> tuple[list[Dirty], list[Dirty], list[Dirty], list[Dirty]]:

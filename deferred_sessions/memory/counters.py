@@ -125,6 +125,7 @@ class Counters:
             self.close()
 
     def _open(self) -> memoryview:
+        forks.watch(self)
         try:
             words = self._map_file()
         except (OSError, StoreError) as error:
@@ -136,7 +137,6 @@ class Counters:
             words = memoryview(bytearray(SLOT_WORDS * WORD)).cast("Q")
             self._offset = 0
         self._words = words
-        forks.watch(self)
         return words
 
     def _map_file(self) -> memoryview:

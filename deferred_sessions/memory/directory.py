@@ -63,6 +63,13 @@ def make_private(directory: Path) -> None:
             "Its parent must exist and be writable; see DEFERRED_SESSIONS['DIRECTORY']."
         ) from error
     _check_private(directory, stat.S_ISDIR, "a directory")
+    parent = directory.parent.stat().st_mode
+    if parent & stat.S_IWOTH and not parent & stat.S_ISVTX:
+        raise UnsafeDirectoryError(
+            f"Everybody may rename and remove what is in {directory.parent}. Session data needs "
+            f"a safer place: chmod +t {directory.parent}, or name another "
+            "DEFERRED_SESSIONS['DIRECTORY']."
+        )
 
 
 def check_contents(directory: Path) -> None:
@@ -113,7 +120,9 @@ def discard_after_reboot(directory: Path) -> bool:
     boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else "unknown"
     boot_file = directory / BOOT_FILE
     data_file = directory / DATA_FILE
-    stale = data_file.exists() and (not boot_file.exists() or boot_file.read_text() != boot)
+    if boot_file.exists() and boot_file.read_text() == boot:
+        return False
+    stale = data_file.exists()
     if stale:
         logger.warning(
             "The host store in %s is from an earlier boot of this host and is discarded; "
@@ -123,10 +132,13 @@ def discard_after_reboot(directory: Path) -> bool:
         )
         data_file.unlink()
         (directory / LOCK_FILE).unlink(missing_ok=True)
-    if stale or not boot_file.exists():
-        descriptor = os.open(boot_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(boot)
+    # Whole or not at all, or the next process would discard what this one makes.
+    new_file = directory / f"{BOOT_FILE}.new"
+    new_file.unlink(missing_ok=True)
+    descriptor = os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(boot)
+    new_file.rename(boot_file)
     return stale
 
 

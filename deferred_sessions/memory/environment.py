@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import threading
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -46,6 +47,8 @@ class Databases(NamedTuple):
     """kind, time of last use, session key -> nothing"""
     notes: lmdb._Database
     """name -> what the processes of the node tell each other"""
+    incarnation: str
+    """Random; another one for each store that is made"""
     in_use: int
     """Descriptor of the shared lock that tells others the map is in use."""
 
@@ -73,6 +76,7 @@ class MappedFile:
         Raises:
             UnsafeDirectoryError, StoreUnavailableError, StoreMismatchError: see there.
         """
+        forks.watch(self)  # before taking the gate, which a fork takes as well
         with self._gate:
             if self.databases is None:
                 try:
@@ -84,7 +88,6 @@ class MappedFile:
                         f"Cannot open the session store in {self.directory}: {error.strerror}. "
                         "Make room, or name another DEFERRED_SESSIONS['DIRECTORY']."
                     ) from error
-                forks.watch(self)
             return self.databases
 
     def exists(self) -> bool:
@@ -149,6 +152,7 @@ class MappedFile:
             with env.begin(write=True) as txn:
                 txn.put(b"identity", self._identity.encode(), db=notes)
                 txn.put(b"layout", str(FORMAT).encode(), db=notes)
+                txn.put(b"incarnation", secrets.token_hex(8).encode(), db=notes)
             for name in (b"records", b"due", b"used"):
                 env.open_db(name)
         finally:
@@ -185,6 +189,7 @@ class MappedFile:
         with env.begin(notes) as txn:
             identity = (txn.get(b"identity") or b"").decode()
             layout = (txn.get(b"layout") or b"").decode()
+            incarnation = (txn.get(b"incarnation") or b"").decode()
         if identity != self._identity:
             raise StoreMismatchError(
                 f"The session store in {self.directory} belongs to {identity!r}, not to "
@@ -197,9 +202,8 @@ class MappedFile:
                 f"version reads layout {FORMAT}. Flush it with the version that wrote it "
                 "(manage.py flushsessions --all), then remove the directory."
             )
-        return Databases(
-            env, env.open_db(b"records"), env.open_db(b"due"), env.open_db(b"used"), notes, in_use
-        )
+        records, due, used = map(env.open_db, (b"records", b"due", b"used"))
+        return Databases(env, records, due, used, notes, incarnation, in_use)
 
 
 def _open_environment(path: Path, size: int, *, writemap: bool) -> lmdb.Environment:
@@ -223,5 +227,10 @@ def _open_environment(path: Path, size: int, *, writemap: bool) -> lmdb.Environm
             meminit=False,
             readahead=False,
         )
+    except (lmdb.InvalidError, lmdb.CorruptedError) as error:
+        raise StoreUnavailableError(
+            f"Cannot open the session store, it is damaged: {error}. Stop the site, remove the "
+            "directory and start again: PostgreSQL has what had been flushed."
+        ) from error
     except (lmdb.Error, OSError) as error:
         raise StoreUnavailableError(f"Cannot open the session store at {path}: {error}") from error

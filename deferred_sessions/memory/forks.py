@@ -7,17 +7,20 @@ the hooks are installed by the first part that opens something, never at import.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 import weakref
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class ForkAware(Protocol):
     """What must not be carried into a child as it is."""
 
     def before_fork(self) -> None:
-        """Called in the forking thread; must not fail."""
+        """Called in the forking thread."""
 
     def after_fork(self, *, in_child: bool) -> None:
         """Called in the same thread on both sides, if `before_fork` was."""
@@ -45,13 +48,20 @@ def _install() -> None:
 
 def _before() -> None:
     _forking.acquire()
-    _prepared[:] = _parts
-    for part in _prepared:
-        part.before_fork()
+    for part in list(_parts):
+        try:
+            part.before_fork()
+        except Exception:  # whatever it is, the others must be prepared, and undone
+            logger.exception("A part cannot prepare for a fork.", extra={"action": "fork"})
+        else:
+            _prepared.append(part)
 
 
 def _after(*, in_child: bool) -> None:
-    for part in _prepared:
-        part.after_fork(in_child=in_child)
-    _prepared.clear()
+    while _prepared:
+        part = _prepared.pop()
+        try:
+            part.after_fork(in_child=in_child)
+        except Exception:
+            logger.exception("A part cannot go on after a fork.", extra={"action": "fork"})
     _forking.release()

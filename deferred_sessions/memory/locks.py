@@ -8,55 +8,57 @@ from __future__ import annotations
 
 import fcntl
 import os
-import threading
+import struct
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from typing import Final
 
 from deferred_sessions.memory import forks
+
+_FLOCK: Final = struct.Struct("hhqqi4x")  # type, whence, start, length, process (always 0)
+_WHOLE: Final = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 class ProcessLock:
     """Mutual exclusion among the threads and processes of a host.
 
-    A POSIX record lock does not exclude threads of one process, and closing any
-    descriptor of its file drops it; so one descriptor is opened per acquisition and
-    a thread lock stands in front.
+    The kernel ties it to the open file (an "open file description lock", see fcntl(2)),
+    one for each acquisition: so threads exclude each other too, and whatever interrupts
+    the holder, the lock goes when the file object does.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._threads = threading.Lock()
+        self._files: weakref.WeakSet[FileIO] = weakref.WeakSet()
 
     def before_fork(self) -> None:
         """Leave the lock as it is: the parent goes on holding it."""
 
     def after_fork(self, *, in_child: bool) -> None:
-        """Forget in a child that a thread of the parent held the lock."""
+        """Let go of what a child has inherited, or the lock would outlive the parent's hold."""
         if in_child:
-            self._threads = threading.Lock()
+            for file in list(self._files):
+                file.close()
 
     @contextmanager
     def held(self, *, wait: bool) -> Iterator[bool]:
         """Hold the lock for the block; yield False if it is taken and `wait` is off."""
         forks.watch(self)
-        threads = self._threads
-        if not threads.acquire(blocking=wait):
-            yield False
-            return
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self._path, flags, 0o600)
-            try:
-                yield self._lock(descriptor, wait=wait)
-            finally:
-                os.close(descriptor)
-        finally:
-            threads.release()
+        with FileIO(self._path, "a+", opener=_opener) as file:
+            self._files.add(file)
+            yield _lock(file, wait=wait)
 
-    def _lock(self, descriptor: int, *, wait: bool) -> bool:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (BlockingIOError, PermissionError):  # POSIX allows EAGAIN and EACCES
-            return False
-        return True
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+def _lock(file: FileIO, *, wait: bool) -> bool:
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _WHOLE)
+    except BlockingIOError:
+        return False
+    return True

@@ -114,6 +114,38 @@ class HostStore:
                 self._look()
         return change
 
+    def bury(self, key: str, transition: Transition) -> Change:
+        """Do `update` for a deletion, which may use the room kept back for removing."""
+        return self._write(tables.update, key, transition, True)
+
+    def removals(self) -> int:
+        """Return how often records have been removed; ask before you ask PostgreSQL."""
+        return self._read(tables.removals)
+
+    def count_removal(self) -> None:
+        """Have rows that were read before now not be kept any more."""
+        self._write(tables.count_removal)
+
+    def keep(self, record: SessionRecord, removals: int) -> SessionRecord | None:
+        """Put `record`, which PostgreSQL has, unless memory knows better.
+
+        `removals` must have been read before the row was. The row may then have been
+        overtaken by a save, a flush and an eviction: so nothing is kept that was read
+        before some record was removed.
+
+        Returns:
+            What memory has of the session now, also a tombstone; None if nothing.
+
+        Raises:
+            StoreFullError: No room, even after eviction.
+        """
+        if not self._may_grow:
+            self._look()
+        kept = self._write(tables.keep, record, removals, self._may_grow)
+        if kept is record:
+            self._written += PAGE + len(record.payload)
+        return kept
+
     def update_many(self, transitions: Mapping[str, Transition]) -> None:
         """Do `update` for many keys that PostgreSQL confirmed, some hundred at a time.
 
@@ -138,8 +170,8 @@ class HostStore:
     def due(self, now: float, *, limit: int, after: bytes = b"") -> list[Dirty]:
         """Return those `limit` records that have been due for longest, in order of keys.
 
-        Costs what it returns, not what is stored. `after` is the entry of the latest one
-        that the caller has seen already. A record that cannot be read is
+        Fewer if they are large. Costs what it returns, not what is stored. `after` is the
+        entry of the latest one that the caller has seen already. A record that cannot be read is
         taken out of the index, kept, and logged: it must not hold up the others.
         """
         found, unreadable = self._read(tables.due, now, limit, after)
@@ -170,9 +202,9 @@ class HostStore:
     # Room
 
     def evict(self, count: int) -> int:
-        """Remove up to `count` clean sessions, those not used for longest first.
+        """Remove up to `count` clean records, those not used for longest first.
 
-        Tombstones stay: they are what keeps a deleted session deleted.
+        Confirmed tombstones go before sessions: PostgreSQL remembers the deletion.
 
         Returns:
             How many were removed; 0 if all that is left is dirty.
@@ -181,9 +213,22 @@ class HostStore:
         self.on_evicted(evicted)
         return evicted
 
-    def sweep(self, now: float, *, limit: int = 1000) -> int:
-        """Forget up to `limit` tombstones that have done their duty; return how many."""
-        return self._write(tables.sweep, now - TOMBSTONE_LIFETIME, limit)
+    def sweep(self, now: float) -> int:
+        """Forget the tombstones that have done their duty; return how many."""
+        total = swept = self._write(tables.sweep, now - TOMBSTONE_LIFETIME, BATCH)
+        while swept == BATCH:
+            swept = self._write(tables.sweep, now - TOMBSTONE_LIFETIME, BATCH)
+            total += swept
+        return total
+
+    def is_crowded(self) -> bool:
+        """Tell whether clean sessions are being evicted to make room."""
+        status = self.status()
+        return status.used > HIGH_WATER * status.size
+
+    def incarnation(self) -> str:
+        """Return the random name that this store got when it was made."""
+        return (self._file.databases or self._file.open()).incarnation
 
     def forget_expired(self, now: float) -> int:
         """Remove the clean sessions that have expired by `now`; return how many.
@@ -282,8 +327,7 @@ class HostStore:
     def _look(self) -> None:
         """Look at the level of the map; evict a little if it is high, stop growth if full."""
         self._written = 0
-        status = self.status()
-        if status.used > HIGH_WATER * status.size:
+        if self.is_crowded():
             self._make_room()
         self._may_grow = not self._is_full()
 

@@ -1,9 +1,10 @@
 """What one transaction does to the named databases of a host store.
 
 Called by `store`, always inside a transaction whose default database is `records`;
-the layout of the databases is known here alone. Invariant: every record stands in the
+the layout of the databases is known here alone. Invariants: every record stands in the
 index `used`, and a dirty one in the index `due` as well, under exactly the entries
-that its own fields say.
+that its own fields say; and each transaction that removes a record counts that, so that
+nobody who asked PostgreSQL before puts an older state in its place.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ _SINCE: Final = struct.Struct("<d")
 _TOMBSTONES, _SESSIONS = 0, 1  # kinds of the used index
 _FAR: Final = 1e12  # seconds
 _PATIENCE: Final = 8  # dirty sessions that eviction looks past for each it wants
+_REMOVALS: Final = b"removals"  # note: transactions that removed something, 64 bits
+MAX_BATCH: Final = 8 << 20  # bytes of records at once: a flush must fit into memory
 
 
 def get(txn: lmdb.Transaction, _dbs: Databases, key: str) -> SessionRecord | None:
@@ -78,6 +81,7 @@ def update(
         return before, after
     if after is None:
         txn.delete(name)
+        count_removal(txn, dbs)
     else:
         new_data = encode(after)
         if not may_grow and (data is None or len(new_data) > len(data)):
@@ -86,6 +90,40 @@ def update(
     if before is None or after is None or _has_moved(before, after):
         _reindex(txn, dbs, before, after)
     return before, after
+
+
+def keep(
+    txn: lmdb.Transaction,
+    dbs: Databases,
+    record: SessionRecord,
+    known_removals: int,
+    may_grow: bool,
+) -> SessionRecord | None:
+    """Put `record`, which PostgreSQL has, unless there is one; return what is there now.
+
+    Returns None, and puts nothing, if anything was removed since there had been
+    `known_removals`: it may have been a later state of the same session.
+
+    Raises:
+        StoreFullError: There is no room.
+    """
+    data = txn.get(record.key.encode())
+    if data is not None:
+        return decode(record.key, data)
+    if removals(txn, dbs) != known_removals:
+        return None
+    return update(txn, dbs, record.key, lambda _: record, may_grow)[1]
+
+
+def removals(txn: lmdb.Transaction, dbs: Databases) -> int:
+    """Return how many transactions have removed records."""
+    return int.from_bytes(txn.get(_REMOVALS, b"", dbs.notes), "little")
+
+
+def count_removal(txn: lmdb.Transaction, dbs: Databases) -> None:
+    """Count a transaction that removes records."""
+    count = (removals(txn, dbs) + 1) % 2**64
+    txn.put(_REMOVALS, count.to_bytes(8, "little"), db=dbs.notes)
 
 
 def update_many(
@@ -106,6 +144,9 @@ class Dirty(NamedTuple):
     entry: bytes
     """Its place in the due index."""
 
+    def __repr__(self) -> str:
+        return f"<Dirty of version {self.head.version}>"  # a session key is a secret
+
     @classmethod
     def of(cls, record: SessionRecord) -> Dirty:
         """Return `record` as if it had been found."""
@@ -123,22 +164,24 @@ def due(
 ) -> tuple[list[Dirty], list[bytes]]:
     """Return up to `limit` records due at `now`, and the entries of unreadable ones.
 
-    Those that have been due for longest are chosen, and returned in order of their keys.
+    Those that have been due for longest are chosen, and returned in order of their keys;
+    fewer if they are large.
     """
     found: list[Dirty] = []
     unreadable: list[bytes] = []
     end = _DUE.pack(_microseconds(now)) + b"\xff"
-    entries = _entries(txn, dbs.due, after + b"\0", limit)
-    for entry in sorted(entries, key=itemgetter(slice(_DUE.size, None))):
-        if entry > end:
-            continue
+    room = MAX_BATCH
+    for entry in _entries(txn, dbs.due, after + b"\0", limit):
+        if entry > end or room <= 0:
+            break
         name = entry[_DUE.size :]
         data = bytes(txn.get(name, b""))
+        room -= len(data)
         try:
             found.append(Dirty(name.decode(), decode_head(data), data, entry))
         except RecordCorruptError:
             unreadable.append(entry)
-    return found, unreadable
+    return sorted(found, key=itemgetter(0)), unreadable
 
 
 def find(txn: lmdb.Transaction, _dbs: Databases, keys: Iterable[str]) -> list[Dirty]:
@@ -176,10 +219,14 @@ def take_out(txn: lmdb.Transaction, dbs: Databases, entries: Iterable[bytes]) ->
 
 
 def evict(txn: lmdb.Transaction, dbs: Databases, count: int) -> int:
-    """Remove up to `count` clean sessions, those not used for longest first."""
-    start = _USED.pack(_SESSIONS, 0)
-    candidates = _entries(txn, dbs.used, start, count * _PATIENCE)
-    return _forget(txn, dbs, candidates, count)
+    """Remove up to `count` clean records: tombstones, then sessions not used for longest."""
+    forgotten = 0
+    for kind in (_TOMBSTONES, _SESSIONS):
+        start, end = _USED.pack(kind, 0), _USED.pack(kind + 1, 0)
+        candidates = _entries(txn, dbs.used, start, (count - forgotten) * _PATIENCE)
+        its_own = [entry for entry in candidates if entry < end]
+        forgotten += _forget(txn, dbs, its_own, count - forgotten)
+    return forgotten
 
 
 def sweep(txn: lmdb.Transaction, dbs: Databases, before: float, count: int) -> int:
@@ -193,6 +240,7 @@ def clear(txn: lmdb.Transaction, dbs: Databases) -> None:
     """Remove every record."""
     for database in (dbs.records, dbs.due, dbs.used):
         txn.drop(database, delete=False)
+    count_removal(txn, dbs)
 
 
 def oldest_change(txn: lmdb.Transaction, dbs: Databases) -> float | None:
@@ -270,6 +318,8 @@ def _forget(txn: lmdb.Transaction, dbs: Databases, candidates: Iterable[bytes], 
         forgotten += 1
         if forgotten == count:
             break
+    if forgotten:
+        count_removal(txn, dbs)
     return forgotten
 
 

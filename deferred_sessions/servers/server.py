@@ -4,32 +4,28 @@ Called by `tiers` and `flusher`. Invariant: a failure of the database is reporte
 failure, never as "no such session"; and a batch is written as a whole or not at all.
 
 Django's connection is used as it is, also inside the application's own transaction:
-what is written there becomes durable when that transaction commits, and callers ask
-`in_transaction` to know.
+what is written there becomes durable if that transaction commits, and nobody can tell
+before; callers ask `in_transaction` to know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, LiteralString, NamedTuple
 
 import psycopg
-from django.db import DatabaseError, InterfaceError, connections, transaction
+from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg.pq import TransactionStatus
 
-from deferred_sessions.exceptions import RowLockedError, RowRefusedError, ServerUnavailableError
+from deferred_sessions.exceptions import ServerUnavailableError
 from deferred_sessions.servers import sql
+from deferred_sessions.servers.errors import translated
 from deferred_sessions.servers.stream import StatementStream
 
 LOCK_TIMEOUT: Final = "1s"  # for rows that an application transaction holds
 CLEAR_BATCH: Final = 5000  # rows; locks are held for well under a second
-
-# SQLSTATE classes that speak of the rows in a statement: data exception, integrity
-# constraint, transaction rollback (deadlock), program limit, and what triggers raise.
-# Anything else speaks of the server.
-ROW_CLASSES: Final = frozenset({"22", "23", "40", "54", "P0"})
-LOCK_NOT_AVAILABLE: Final = "55P03"
 
 
 class Row(NamedTuple):
@@ -44,6 +40,11 @@ class Row(NamedTuple):
     user_id: str
     created_at: float
     written_at: float
+    is_settled: bool
+    """Any other transaction that begins now would read the same."""
+
+    def __repr__(self) -> str:
+        return f"<Row of version {self.version}>"  # no key and no data: they are secrets
 
 
 class Columns(NamedTuple):
@@ -57,30 +58,78 @@ class Columns(NamedTuple):
     user_id: list[str]
     created_at: list[float]
 
+    def __repr__(self) -> str:
+        return f"<Columns of {len(self.key)} sessions>"
+
 
 class State(NamedTuple):
-    """What PostgreSQL holds of a session, without the data."""
+    """What PostgreSQL holds of a session that it did not take."""
 
     version: int
     fence: int
     owner: str
+    expires_at: float
+    data: str
+
+    def __repr__(self) -> str:
+        return f"<State of version {self.version}>"
 
 
 class SessionServer:
     """The sessions of one database alias."""
 
-    def __init__(self, alias: str, *, owner: str) -> None:
+    def __init__(self, alias: str, *, owner: Callable[[], str]) -> None:
         self.alias = alias
         self.owner = owner
-        """The node that writes; stands in each row it wrote."""
+        """Returns the node that writes; stands in each row it wrote."""
 
     def in_transaction(self) -> bool:
-        """Tell whether what is written now waits for the application's commit."""
-        return connections[self.alias].in_atomic_block
+        """Tell whether what is written now waits for somebody else's commit.
+
+        That of an atomic block, of manual transaction management (`AUTOCOMMIT` off), or
+        of a BEGIN that the application sent by itself.
+        """
+        connection = connections[self.alias]
+        if connection.in_atomic_block:
+            return True
+        raw = connection.connection
+        if raw is None or raw.closed:
+            return False
+        return not raw.autocommit or raw.pgconn.transaction_status != TransactionStatus.IDLE
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Let a failure in the block be caught without spoiling an open transaction.
+
+        PostgreSQL refuses everything after an error, and turns the application's COMMIT
+        into a rollback; a savepoint keeps that away from it.
+        """
+        with translated():
+            self._connection().ensure_connection()
+        if not self.in_transaction():
+            yield
+            return
+        self._run(sql.SAVEPOINT, [])
+        try:
+            yield
+        except BaseException:
+            with suppress(ServerUnavailableError):
+                self._run(sql.ROLLBACK_TO_SAVEPOINT, [])
+            raise
+        self._run(sql.RELEASE_SAVEPOINT, [])
 
     def after_commit(self, action: Callable[[], object]) -> None:
-        """Call `action` when the application's transaction has committed."""
-        transaction.on_commit(action, using=self.alias, robust=True)
+        """Call `action` when the atomic block that is open has ended with a commit.
+
+        Never take that for proof: Django calls it as well when PostgreSQL has turned the
+        commit into a rollback, because the application swallowed an error.
+        """
+        if connections[self.alias].in_atomic_block:
+            transaction.on_commit(action, using=self.alias, robust=True)
+
+    def disconnect(self) -> None:
+        """Close this thread's connection, on which a statement may be under way."""
+        connections[self.alias].close()
 
     @contextmanager
     def visit(self) -> Iterator[None]:
@@ -107,8 +156,11 @@ class SessionServer:
         rows = self._run(sql.READ, [key])
         if not rows:
             return None
-        data, expires_at, version, fence, user_id, created_at, written_at = rows[0]
-        return Row(key, data, expires_at, version, fence, user_id or "", created_at, written_at)
+        data, expires_at, version, fence, user_id, created_at, written_at, is_latest = rows[0]
+        is_settled = is_latest or not self.in_transaction()
+        return Row(
+            key, data, expires_at, version, fence, user_id or "", created_at, written_at, is_settled
+        )
 
     def exists(self, key: str, now: float) -> bool:
         """Tell whether a session with this key is alive at `now`.
@@ -123,7 +175,7 @@ class SessionServer:
 
     def insert(self, columns: Columns, now: float) -> int:
         """Create sessions; leaves keys alone that exist already."""
-        return self._write(sql.INSERT, [self.owner, now, *columns])
+        return self._write(sql.INSERT, [self.owner(), now, *columns])
 
     def update(self, columns: Columns, now: float) -> int:
         """Write changed sessions; leaves alone what was deleted, newer or fenced."""
@@ -133,35 +185,39 @@ class SessionServer:
         """Write new expiries; leaves alone what was deleted, changed or fenced."""
         return self._write(
             sql.TOUCH,
-            [self.owner, now, columns.key, columns.expires_at, columns.version, columns.fence],
+            [self.owner(), now, columns.key, columns.expires_at, columns.version, columns.fence],
         )
 
     def update_parameters(self, columns: Columns, now: float) -> list[Any]:
         """Return the parameters with which `update_stream` does what `update` does."""
-        return [self.owner, now, *columns[:6]]
+        return [self.owner(), now, *columns[:6]]
 
     def update_stream(self) -> StatementStream | None:
-        """Return a stream of updates that commit one by one; None in a transaction.
+        """Return a stream of updates that commit one by one; None in an atomic block.
 
         Raises:
-            ServerUnavailableError: There is no connection.
+            ServerUnavailableError: There is no connection, or none that ever commits.
         """
         connection = self._connection()
         if connection.in_atomic_block:
             return None
-        with _translated():
+        with translated():
             connection.ensure_connection()
-            is_alone = connection.get_autocommit()
-        return StatementStream(connection.connection, sql.UPDATE_ALONE) if is_alone else None
+        if self.in_transaction():
+            raise ServerUnavailableError(
+                f"The connection {self.alias!r} is in a transaction that nobody commits. Leave "
+                "AUTOCOMMIT on for the database of the sessions; see SERVERS."
+            )
+        return StatementStream(connection.connection, sql.UPDATE_ALONE)
 
-    def delete(self, keys: Sequence[str]) -> None:
-        """Delete sessions, whether they exist or not."""
-        self._execute(sql.DELETE, [sorted(keys)])
+    def delete(self, keys: Sequence[str]) -> int:
+        """Delete sessions, whether they exist or not; return how many did."""
+        return self._execute(sql.DELETE, [sorted(keys)])[1]
 
     def states(self, keys: Iterable[str]) -> dict[str, State]:
         """Return what stands in the rows of `keys`; leaves out those without a row."""
         rows = self._run(sql.STATES, [sorted(keys)])
-        return {key: State(version, fence, owner) for key, version, fence, owner in rows}
+        return {key: State(*state) for key, *state in rows}
 
     def unlocked(self, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` whose row exists and is held by no transaction."""
@@ -177,15 +233,17 @@ class SessionServer:
             RowLockedError: Somebody holds some row; nothing was written.
         """
         outermost = not self._connection().in_atomic_block
-        with _translated(), transaction.atomic(using=self.alias):
+        with translated(), transaction.atomic(using=self.alias):
             if outermost:
                 self._run(sql.LOCK_TIMEOUT, [LOCK_TIMEOUT])
             yield
 
     # Housekeeping
 
-    def clear_expired(self, now: float) -> int:
+    def clear_expired(self, now: float, *, spare: Sequence[str] = ()) -> int:
         """Delete what has expired by `now`, in batches that skip locked rows.
+
+        `spare` are keys whose row is older than the session; they are left alone.
 
         Returns:
             How many rows were deleted.
@@ -195,7 +253,7 @@ class SessionServer:
         """
         total = 0
         while True:
-            deleted = self._execute(sql.CLEAR_EXPIRED, [now, now, CLEAR_BATCH])[1]
+            deleted = self._execute(sql.CLEAR_EXPIRED, [now, now, list(spare), CLEAR_BATCH])[1]
             total += deleted
             if deleted < CLEAR_BATCH:
                 return total
@@ -211,7 +269,7 @@ class SessionServer:
         if len(parameters[-1]) == 1:
             return self._execute(statement, parameters)[1]
         connection = self._connection()
-        with _translated():
+        with translated():
             connection.ensure_connection()
             with connection.wrap_database_errors, psycopg.Cursor(connection.connection) as cursor:
                 return cursor.execute(statement, parameters).rowcount
@@ -236,11 +294,11 @@ class SessionServer:
         A connection that died while it was idle is replaced once: every statement of
         this package may be repeated.
         """
-        connection = self._connection()
+        connection, in_transaction = self._connection(), self.in_transaction()
         try:
             return self._execute_once(statement, parameters)
         except ServerUnavailableError:
-            if connection.in_atomic_block or connection.is_usable():
+            if in_transaction or connection.is_usable():
                 raise
             connection.close()
             return self._execute_once(statement, parameters)
@@ -248,22 +306,6 @@ class SessionServer:
     def _execute_once(
         self, statement: LiteralString, parameters: list[Any]
     ) -> tuple[list[tuple[Any, ...]], int]:
-        with _translated(), connections[self.alias].cursor() as cursor:
+        with translated(), connections[self.alias].cursor() as cursor:
             cursor.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else [], cursor.rowcount
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Turn the driver's errors into the two that callers tell apart."""
-    try:
-        yield
-    except (DatabaseError, InterfaceError) as error:
-        state = getattr(error.__cause__, "sqlstate", None) or ""
-        # Without the details, which quote the row: a session key is a secret.
-        message = str(error).partition("\nDETAIL:")[0]
-        if state == LOCK_NOT_AVAILABLE:
-            raise RowLockedError(f"A transaction holds a session: {message}") from None
-        if state[:2] in ROW_CLASSES:
-            raise RowRefusedError(f"PostgreSQL refused the rows: {message}") from None
-        raise ServerUnavailableError(f"PostgreSQL cannot be asked: {message}") from None

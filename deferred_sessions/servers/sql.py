@@ -17,11 +17,14 @@ from typing import Final, LiteralString
 READ: Final[LiteralString] = """
     SELECT session_data, extract(epoch FROM expire_date)::float8, version, fence,
            user_id, extract(epoch FROM created_at)::float8,
-           extract(epoch FROM written_at)::float8
+           extract(epoch FROM written_at)::float8,
+           pg_current_xact_id_if_assigned() IS NULL
+           AND current_setting('transaction_isolation') = 'read committed'
       FROM deferred_sessions_session
      WHERE session_key = %b
 """
-"""One session, expired or not: the caller knows what time it is."""
+"""One session, expired or not: the caller knows what time it is. The last column tells
+that the transaction has written nothing and sees what is committed now."""
 
 EXISTS: Final[LiteralString] = """
     SELECT 1
@@ -63,7 +66,7 @@ UPDATE_ALONE: Final[LiteralString] = (
 
 TOUCH: Final[LiteralString] = """
     UPDATE deferred_sessions_session AS stored
-       SET expire_date = to_timestamp(new.expires_at), owner = %b,
+       SET expire_date = greatest(stored.expire_date, to_timestamp(new.expires_at)), owner = %b,
            written_at = to_timestamp(%b::float8)
       FROM unnest(%b::text[], %b::float8[], %b::int8[], %b::int8[])
            AS new (key, expires_at, version, fence)
@@ -71,7 +74,7 @@ TOUCH: Final[LiteralString] = """
        AND stored.version = new.version
        AND stored.fence <= new.fence
 """
-"""Write the expiry of sessions whose data PostgreSQL has already."""
+"""Write a later expiry of sessions whose data PostgreSQL has already."""
 
 DELETE: Final[LiteralString] = """
     DELETE FROM deferred_sessions_session
@@ -80,7 +83,8 @@ DELETE: Final[LiteralString] = """
 """Delete sessions; those that are not there are fine."""
 
 STATES: Final[LiteralString] = """
-    SELECT session_key, version, fence, coalesce(owner, '')
+    SELECT session_key, version, fence, coalesce(owner, ''),
+           extract(epoch FROM expire_date)::float8, session_data
       FROM deferred_sessions_session
      WHERE session_key = ANY(%b::text[])
 """
@@ -101,6 +105,7 @@ CLEAR_EXPIRED: Final[LiteralString] = """
              FROM deferred_sessions_session
             WHERE expire_day <= (to_timestamp(%b::float8) AT TIME ZONE 'UTC')::date
               AND expire_date < to_timestamp(%b::float8)
+              AND session_key <> ALL(%b::text[])
             LIMIT %b::int8
               FOR UPDATE SKIP LOCKED)
 """
@@ -108,3 +113,8 @@ CLEAR_EXPIRED: Final[LiteralString] = """
 
 LOCK_TIMEOUT: Final[LiteralString] = "SELECT set_config('lock_timeout', %b, true)"
 """Give up on rows an application transaction holds, for this transaction only."""
+
+SAVEPOINT: Final[LiteralString] = "SAVEPOINT deferred_sessions"
+ROLLBACK_TO_SAVEPOINT: Final[LiteralString] = "ROLLBACK TO SAVEPOINT deferred_sessions"
+RELEASE_SAVEPOINT: Final[LiteralString] = "RELEASE SAVEPOINT deferred_sessions"
+"""Around a write in the application's transaction whose failure it shall survive."""

@@ -24,6 +24,7 @@ from psycopg.pq import ExecStatus
 READ: Final = select.POLLIN
 GOOD: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
 READ_OR_WRITE: Final = select.POLLIN | select.POLLOUT
+DEADLINE: Final = 60.0  # seconds; a server that hangs must not hang the flusher
 
 
 class StatementStream:
@@ -44,13 +45,13 @@ class StatementStream:
         """Hand the statement over; returns when PostgreSQL has it, not when it is done."""
         dumpers = [self._transformer.get_dumper(value, PyFormat.BINARY) for value in parameters]
         values = [dumper.dump(value) for dumper, value in zip(dumpers, parameters, strict=True)]
-        self._pgconn.send_query_params(
-            self._statement,
-            values,
-            param_types=[dumper.oid for dumper in dumpers],
-            param_formats=[dumper.format for dumper in dumpers],
-        )
         try:
+            self._pgconn.send_query_params(
+                self._statement,
+                values,
+                param_types=[dumper.oid for dumper in dumpers],
+                param_formats=[dumper.format for dumper in dumpers],
+            )
             while self._pgconn.flush():
                 self._wait_for(READ_OR_WRITE)
                 self._pgconn.consume_input()
@@ -84,4 +85,5 @@ class StatementStream:
     def _wait_for(self, events: int) -> None:
         poll = select.poll()
         poll.register(self._pgconn.socket, events)
-        poll.poll()
+        if not poll.poll(DEADLINE * 1000):
+            raise psycopg.OperationalError(f"No answer for {DEADLINE:g} s.")

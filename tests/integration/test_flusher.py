@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from django.db import connection
+from freezegun import freeze_time
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.memory.counters import Counter
@@ -134,7 +136,8 @@ def test_two_intervals_in_a_row(runtime: Runtime) -> None:
     session = dirty(1)[0]
     now = time.time()
     runtime.flusher.flush_once(now + 61)
-    change(session, n=2)
+    with freeze_time(datetime.fromtimestamp(now + 62, UTC)):
+        change(session, n=2)
 
     assert runtime.flusher.flush_once(now + 61 + 59).rows == 0
     assert runtime.flusher.flush_once(now + 61 + 61).rows == 1

@@ -288,6 +288,6 @@ def test_the_end_of_a_request_survives_a_broken_store(
     with pytest.MonkeyPatch.context() as patch:
         runtime.request_end.note_use(key_of(client))
         patch.setattr(runtime.store, "update", broken)
-        runtime.request_end.finish(time.time(), on_this_thread=True)
+        runtime.request_end.finish(time.time())
 
     assert "The end of a request could not be counted" in caplog.text

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -32,12 +33,22 @@ def in_child(work: Callable[[], object]) -> None:
 # Cache
 
 
+class Snapshot(NamedTuple):
+    """All that the cache wants to know of a snapshot."""
+
+    payload: bytes
+
+
+def entry(version: int, payload: bytes = b"session", entered_at: float = 7.0) -> Entry[Snapshot]:
+    return Entry(version, entered_at, Snapshot(payload))
+
+
 def test_the_cache_answers_only_for_the_very_version() -> None:
     """A change of another process is never missed."""
-    cache: SessionCache[str] = SessionCache(10)
-    cache.put("key", Entry(3, 7.0, "session"))
+    cache: SessionCache[Snapshot] = SessionCache(10)
+    cache.put("key", entry(3))
 
-    assert cache.get("key", 3, 7.0) == Entry(3, 7.0, "session")
+    assert cache.get("key", 3, 7.0) == entry(3)
     assert cache.get("key", 4, 7.0) is None
     assert cache.get("key", 2, 7.0) is None
     assert cache.get("other", 3, 7.0) is None
@@ -45,27 +56,54 @@ def test_the_cache_answers_only_for_the_very_version() -> None:
 
 
 def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
-    cache: SessionCache[int] = SessionCache(3)
+    cache: SessionCache[Snapshot] = SessionCache(3)
     for number in range(4):
-        cache.put(str(number), Entry(1, 7.0, number))
-    cache.put("1", Entry(2, 7.0, 10))
-    cache.put("4", Entry(1, 7.0, 4))
+        cache.put(str(number), entry(1))
+    cache.put("1", entry(2))
+    cache.put("4", entry(1))
 
     found = [cache.get(str(n), 1, 7.0) for n in (0, 2, 3, 4)]
-    assert [entry and entry.snapshot for entry in found] == [None, None, 3, 4]
-    assert cache.get("1", 2, 7.0) == Entry(2, 7.0, 10)
+    assert found == [None, None, entry(1), entry(1)]
+    assert cache.get("1", 2, 7.0) == entry(2)
+
+
+def test_the_cache_is_bounded_in_bytes_too() -> None:
+    """Ten thousand large sessions are more than a process may take."""
+    cache: SessionCache[Snapshot] = SessionCache(100, max_bytes=1000)
+    for number in range(4):
+        cache.put(str(number), entry(1, b"x" * 400))
+    assert [cache.get(str(n), 1, 7.0) is not None for n in range(4)] == [False, False, True, True]
+
+    cache.put("3", entry(2, b"x" * 10))
+    cache.put("small", entry(1, b"x" * 500))
+    assert cache.get("2", 1, 7.0) is not None
+
+    cache.put("huge", entry(1, b"x" * 1001))
+    assert cache.get("huge", 1, 7.0) is None
+
+
+def test_the_cache_forgets_what_it_is_told_to() -> None:
+    cache: SessionCache[Snapshot] = SessionCache(3, max_bytes=1000)
+    cache.put("key", entry(1, b"x" * 900))
+    cache.drop("key")
+    cache.drop("key")
+    assert cache.get("key", 1, 7.0) is None
+
+    cache.put("one", entry(1, b"x" * 500))
+    cache.put("two", entry(1, b"x" * 500))
+    assert cache.get("one", 1, 7.0) is not None
 
 
 def test_a_cache_of_nothing_keeps_nothing() -> None:
-    cache: SessionCache[str] = SessionCache(0)
-    cache.put("key", Entry(1, 7.0, "session"))
+    cache: SessionCache[Snapshot] = SessionCache(0)
+    cache.put("key", entry(1))
 
     assert cache.get("key", 1, 7.0) is None
 
 
 def test_the_cache_can_be_cleared() -> None:
-    cache: SessionCache[str] = SessionCache(3)
-    cache.put("key", Entry(1, 7.0, "session"))
+    cache: SessionCache[Snapshot] = SessionCache(3)
+    cache.put("key", entry(1))
     cache.clear()
 
     assert cache.get("key", 1, 7.0) is None

@@ -102,17 +102,38 @@ def test_a_full_store_serves_on(store: HostStore) -> None:
         assert save(store, key(second % 10), b"%900d" % second, at=NOW + second) is not None
 
 
-def test_tombstones_are_not_evicted_but_swept(store: HostStore) -> None:
-    """What keeps a deleted session deleted stays until it has done its duty."""
+def test_confirmed_tombstones_are_swept(store: HostStore) -> None:
+    """A deletion that PostgreSQL has is remembered for as long as a late save may take."""
     put(store, key(1), clean=True)
     store.update(key(1), partial(bury, at=NOW))
-    assert store.evict(10) == 0
     assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME - 1) == 0
 
     assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME + 1) == 1
 
     assert store.get(key(1)) is None
     assert store.status().records == 0
+
+
+def test_however_many_tombstones_there_are_all_are_swept(store: HostStore) -> None:
+    for number in range(600):
+        put(store, key(number), clean=True)
+        store.update(key(number), partial(bury, at=NOW))
+
+    assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME + 1) == 600
+
+
+def test_confirmed_tombstones_are_evicted_before_sessions(store: HostStore) -> None:
+    put(store, key(1), clean=True)
+    put(store, key(2), clean=True, at=NOW + 5)
+    put(store, key(3), clean=True, at=NOW + 5)
+    store.update(key(2), partial(bury, at=NOW + 9))
+    store.update(key(3), lambda r: lifecycle.deleted(r, key(3), now=NOW + 9, policy=POLICY))
+
+    assert store.evict(1) == 1
+    assert store.get(key(2)) is None
+    assert store.evict(5) == 1
+    assert store.get(key(1)) is None
+    assert store.get(key(3)) is not None
 
 
 def test_an_unwritten_tombstone_is_not_swept(store: HostStore) -> None:

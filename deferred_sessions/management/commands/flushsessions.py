@@ -62,7 +62,10 @@ class Command(BaseCommand):
             signal.signal(number, lambda *_: stop.set())
         while not stop.wait(seconds):
             close_old_connections()
-            self._flush(everything=everything)
+            try:
+                self._flush(everything=everything)
+            except CommandError as error:  # it may be better the next time
+                self.stderr.write(str(error))
         self._flush(everything=True)
 
     def _flush(self, *, everything: bool) -> FlushReport:

@@ -1,0 +1,126 @@
+"""What must not wait for the flusher: creations, deletions, logins.
+
+Called by `tiers`. Invariant: if PostgreSQL cannot take it now, it stays dirty in memory
+and due at once; and a failure here leaves an open transaction of the application as it
+was.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from deferred_sessions import lifecycle
+from deferred_sessions.exceptions import RowLockedError, RowRefusedError, ServerUnavailableError
+from deferred_sessions.memory.counters import Counter, Counters
+from deferred_sessions.memory.store import HostStore
+from deferred_sessions.memory.tables import Dirty
+from deferred_sessions.policy import Policy
+from deferred_sessions.record import SessionRecord
+from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.writer import RecordWriter
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL: Final = 60.0  # seconds between messages of the same outage
+
+
+class WriteThrough:
+    """Writes single records to PostgreSQL while a request waits."""
+
+    def __init__(
+        self,
+        *,
+        store: HostStore,
+        server: SessionServer,
+        writer: RecordWriter,
+        counters: Counters,
+        policy: Policy,
+        create_when_down: bool,
+    ) -> None:
+        self._store = store
+        self._server = server
+        self._writer = writer
+        self._counters = counters
+        self._policy = policy
+        self._create_when_down = create_when_down
+        self._logged_at = -LOG_INTERVAL
+
+    def write(self, record: SessionRecord, now: float) -> None:
+        """Write `record` now; if PostgreSQL is away, keep it dirty and due at once.
+
+        Inside a transaction of the application it stays dirty as well, so that the
+        flusher makes sure: nobody can tell whether the transaction will commit.
+        """
+        try:
+            with self._server.attempt():
+                self._writer.write_through(record, now)
+        except (ServerUnavailableError, RowRefusedError) as error:
+            self._store.update(
+                record.key, lambda known: known and lifecycle.due_again(known, due_at=now)
+            )
+            self._log_postponed(error, now)
+        else:
+            self._counters.add(Counter.WRITES_THROUGH)
+
+    def insert(self, record: SessionRecord, now: float) -> SessionRecord | None:
+        """Insert a new session; None if its key is taken.
+
+        Returns:
+            The record: clean if PostgreSQL has it, dirty if that is not certain yet.
+
+        Raises:
+            ServerUnavailableError, RowLockedError: Away, and `CREATE_WHEN_DOWN` is off.
+            RowRefusedError: PostgreSQL does not want this data.
+        """
+        try:
+            with self._server.attempt():
+                inserted = self._server.insert(self._writer.columns([Dirty.of(record)]), now)
+        except (ServerUnavailableError, RowLockedError) as error:
+            if not self._create_when_down:
+                raise
+            self._log_postponed(error, now)
+            return lifecycle.due_again(record, due_at=now)
+        if not inserted:
+            return None
+        self._counters.add(Counter.ROWS_WRITTEN)
+        self._counters.add(Counter.STATEMENTS)
+        if self._server.in_transaction():
+            return record
+        return lifecycle.written(
+            record,
+            version=record.version,
+            expires_at=record.expires_at,
+            now=now,
+            policy=self._policy,
+        )
+
+    def delete_unknown(self, key: str, now: float) -> bool:
+        """Delete a row that memory knows nothing of; return whether that is certain.
+
+        Raises nothing: what is not certain has to be remembered.
+        """
+        try:
+            with self._server.attempt():
+                deleted = self._server.delete([key])
+        except (ServerUnavailableError, RowRefusedError) as error:
+            self._log_postponed(error, now)
+            return False
+        if self._server.in_transaction():
+            return False
+        if deleted:
+            self._counters.add(Counter.ROWS_WRITTEN)
+            self._counters.add(Counter.STATEMENTS)
+            self._store.count_removal()  # a load under way must not keep what it has read
+        return True
+
+    def _log_postponed(self, error: Exception, now: float) -> None:
+        self._counters.add(Counter.WRITES_POSTPONED)
+        if now - self._logged_at < LOG_INTERVAL:  # an outage would fill the log
+            return
+        self._logged_at = now
+        logger.warning(
+            "Sessions that must not wait are kept in memory for now: %s",
+            error,
+            extra={"action": "write_postponed"},
+        )
