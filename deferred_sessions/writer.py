@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from typing import Final
 
 from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exceptions import RecordCorruptError

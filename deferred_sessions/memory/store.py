@@ -33,6 +33,7 @@ Ts = TypeVarTuple("Ts")
 Work = Callable[[lmdb.Transaction, Databases, *Ts], T]
 
 HIGH_WATER: Final = 0.85  # share of the map in use above which sessions are evicted
+CROWDED_WATER: Final = 0.75  # and above which it matters that most of them are dirty
 FULL_WATER: Final = 0.92  # and above which nothing may grow: to remove takes pages, too
 LOOK_SHARE: Final = 1 / 1024  # of the map: how much a process writes between two looks
 PAUSES: Final = (0.0, 0.001, 0.004, 0.016, 0.064)  # seconds between tries for room
@@ -222,9 +223,9 @@ class HostStore:
         return total
 
     def is_crowded(self) -> bool:
-        """Tell whether clean sessions are being evicted to make room."""
+        """Tell whether there is little left that could be evicted to make room."""
         status = self.status()
-        return status.used > HIGH_WATER * status.size
+        return status.used > CROWDED_WATER * status.size and status.dirty > status.records / 2
 
     def incarnation(self) -> str:
         """Return the random name that this store got when it was made."""
@@ -327,7 +328,8 @@ class HostStore:
     def _look(self) -> None:
         """Look at the level of the map; evict a little if it is high, stop growth if full."""
         self._written = 0
-        if self.is_crowded():
+        status = self.status()
+        if status.used > HIGH_WATER * status.size:
             self._make_room()
         self._may_grow = not self._is_full()
 

@@ -6,13 +6,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from django.db import connection, transaction
+from freezegun import freeze_time
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.memory.counters import Counter
+from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.models import Session
 from deferred_sessions.record import TOUCHED
 from deferred_sessions.runtime import Runtime
@@ -71,24 +75,31 @@ def test_the_connection_breaks_in_the_middle(tune: Callable[..., Runtime]) -> No
     assert Session.objects.filter(version=2).count() == 20
 
 
-@pytest.fixture
-def picky() -> Iterator[None]:
-    """PostgreSQL refuses rows of user 13."""
+@contextmanager
+def trigger(body: str, when: str = "BEFORE UPDATE") -> Iterator[None]:
+    """Have a trigger on the table of the sessions."""
     with connection.cursor() as cursor:
         cursor.execute(
-            """
-            CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
-            BEGIN
-                IF NEW.user_id = '13' THEN RAISE EXCEPTION 'not this one'; END IF;
-                RETURN NEW;
-            END $$;
-            CREATE TRIGGER refuse BEFORE UPDATE ON deferred_sessions_session
-                FOR EACH ROW EXECUTE FUNCTION refuse();
-            """
+            f"CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$ BEGIN {body} RETURN NEW; END $$; "
+            f"CREATE TRIGGER refuse {when} ON deferred_sessions_session "
+            f"FOR EACH ROW EXECUTE FUNCTION refuse();"
         )
-    yield
-    with connection.cursor() as cursor:
-        cursor.execute("DROP FUNCTION refuse CASCADE")
+    try:
+        yield
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("DROP FUNCTION refuse CASCADE")
+
+
+@pytest.fixture(params=["P0001", "42501", "22000", "XX001"])
+def picky(request: pytest.FixtureRequest) -> Iterator[None]:
+    """PostgreSQL refuses rows of user 13, for one reason or another."""
+    with trigger(
+        "IF NEW.user_id = '13' THEN "
+        f"RAISE EXCEPTION 'not this one' USING ERRCODE = '{request.param}'; END IF;"
+    ):
+        yield
 
 
 @pytest.mark.parametrize("count", [1, 2, 40])
@@ -262,3 +273,126 @@ def test_a_commit_that_fails_is_no_write(runtime: Runtime) -> None:
 
     assert (report.updated, report.remaining) == (0, 3)
     assert row(sessions[0].session_key) == {"n": 0}
+
+
+def test_a_statement_that_takes_too_long_is_divided(runtime: Runtime) -> None:
+    """`statement_timeout` is no reason to stop: smaller batches may be fast enough."""
+    sessions = dirty(4)
+    with trigger("PERFORM pg_sleep(0.15);"):
+        with connection.cursor() as cursor:
+            cursor.execute("SET statement_timeout = '400ms'")
+        try:
+            report = runtime.flusher.flush_once(time.time() + 61)
+        finally:
+            with connection.cursor() as cursor:
+                cursor.execute("RESET statement_timeout")
+
+    assert (report.failure, report.updated) == ("", 4)
+    assert row(sessions[3].session_key) == {"n": 4}
+
+
+def test_errors_do_not_quote_the_row(runtime: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+    """PostgreSQL's DETAIL has all columns of the row; a session key is a secret."""
+    session = dirty(1)[0]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "ALTER TABLE deferred_sessions_session ADD CONSTRAINT small CHECK (version < 2)"
+        )
+    try:
+        with caplog.at_level(logging.DEBUG, "deferred_sessions"):
+            assert runtime.flusher.flush_once(time.time() + 61).set_aside == 1
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("ALTER TABLE deferred_sessions_session DROP CONSTRAINT small")
+
+    assert "small" in caplog.text
+    assert str(session.session_key) not in caplog.text
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_flush_that_is_interrupted_leaves_a_clean_connection(
+    tune: Callable[..., Runtime], at: int
+) -> None:
+    """Celery's soft time limit raises anywhere: the next statement must get its own answer."""
+    runtime = tune(BATCH_SIZE=2)
+    sessions = dirty(8)
+    marks = []
+    real = type(runtime.flusher._writer).mark_written
+
+    def interrupted(self: Any, batch: Any, now: float) -> None:
+        marks.append(1)
+        if len(marks) == at:
+            raise KeyboardInterrupt
+        real(self, batch, now)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(runtime.flusher._writer), "mark_written", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.flusher.flush_once(time.time() + 61)
+
+    assert Session.objects.count() == 8
+    report = runtime.flusher.flush_once(time.time() + 61)
+    assert (report.failure, report.remaining, report.skipped) == ("", 0, False)
+    assert [row(s.session_key) for s in sessions] == [{"n": n + 1} for n in range(8)]
+
+
+def test_a_server_that_hangs_does_not_hang_the_flusher(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deferred_sessions.servers.stream.DEADLINE", 0.05)
+    sessions = dirty(2)
+    with trigger("IF pg_trigger_depth() < 9 THEN PERFORM pg_sleep(0.3); END IF;"):
+        report = runtime.flusher.flush_once(time.time() + 61)
+
+    assert report.remaining == 0
+    assert [row(s.session_key) for s in sessions] == [{"n": 1}, {"n": 2}]
+
+
+def test_a_clock_that_was_set_back(runtime: Runtime) -> None:
+    """What was due by the clock of then is written now, not an hour later."""
+    session = dirty(1)[0]
+    now = time.time()
+    with freeze_time(datetime.fromtimestamp(now + 3600, UTC)):
+        change(session, n=5)
+        runtime.flusher.flush_once(now + 3600 + 61)
+        change(session, n=6)
+
+    assert runtime.flusher.flush_once(now).updated == 1
+    assert row(session.session_key) == {"n": 6}
+    change(session, n=7)
+    assert runtime.flusher.flush_once(time.time() + 61).updated == 1
+
+
+def test_clear_expired_spares_what_could_not_be_written(runtime: Runtime) -> None:
+    """The row has expired, the session has not: somebody holds the row, or it is refused."""
+    session = dirty(1)[0]
+    now = time.time()
+    Session.objects.update(expire_date=datetime.fromtimestamp(now - 60, UTC))
+    runtime.store.update(
+        session.session_key or "", lambda r: r and r._replace(stored_expires_at=now - 60)
+    )
+    other = created(a=1)
+    Session.objects.filter(pk=other.session_key).update(
+        expire_date=datetime.fromtimestamp(now - 60, UTC)
+    )
+    runtime.store.update(other.session_key or "", lambda _: None)
+    with trigger("RAISE EXCEPTION 'not today';"):
+        runtime.flusher.clear_expired(now)
+
+    assert row(other.session_key) is None
+    assert row(session.session_key) == {"n": 0}
+
+
+def test_a_flusher_that_has_been_at_work_for_long_is_mentioned(
+    runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = time.time()
+    runtime.flusher.flush_once(now)
+    with (
+        ProcessLock(runtime.store.directory / "flush.lock").held(wait=True),
+        caplog.at_level(logging.WARNING),
+    ):
+        assert runtime.flusher.flush_once(now + 100).skipped
+        assert caplog.text == ""
+        assert runtime.flusher.flush_once(now + 121).skipped
+    assert "at work for 121 s" in caplog.text

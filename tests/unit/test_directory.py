@@ -251,6 +251,37 @@ def test_a_store_of_an_earlier_boot_is_discarded(
     assert store.note("after") == b"crash"
 
 
+def test_a_note_of_another_boot_without_a_store(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first process makes a store; the second must not take it for an old one."""
+    first = make(tmp_path / "store")
+    place.make_private(first.directory)
+    (first.directory / "boot").touch(mode=0o600)
+    (first.directory / "boot").write_text("another boot")
+    first.set_note("x", b"y")
+    first.close()
+
+    second = make(tmp_path / "store")
+    assert second.note("x") == b"y"
+    assert "earlier boot" not in caplog.text
+    second.close()
+
+
+def test_a_parent_that_everybody_may_change_is_refused(tmp_path: Path) -> None:
+    """Whoever may rename the directory may put another in its place; /tmp has the sticky bit."""
+    parent = tmp_path / "open"
+    parent.mkdir()
+    parent.chmod(0o777)
+    with pytest.raises(UnsafeDirectoryError, match=r"chmod \+t"):
+        make(parent / "store").set_note("x", b"y")
+
+    parent.chmod(0o1777)
+    store = make(parent / "store")
+    store.set_note("x", b"y")
+    store.close()
+
+
 def test_a_store_without_a_boot_is_discarded(tmp_path: Path) -> None:
     """Killed between the file and the note of the boot: not trusted."""
     store = make(tmp_path / "store")

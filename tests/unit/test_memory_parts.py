@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from deferred_sessions.memory import forks
 from deferred_sessions.memory.cache import Entry, SessionCache
 from deferred_sessions.memory.counters import SLOT_WORDS, SLOTS, Counter, Counters
 from deferred_sessions.memory.locks import ProcessLock
@@ -267,7 +271,85 @@ def test_a_dead_holder_frees_the_lock(tmp_path: Path) -> None:
         assert is_held
 
 
+def test_an_interrupted_holder_frees_the_lock(tmp_path: Path) -> None:
+    """A time limit raises between any two instructions; only the kernel knows the lock."""
+    lock = ProcessLock(tmp_path / "lock")
+    with contextlib.suppress(KeyboardInterrupt), lock.held(wait=False):
+        raise KeyboardInterrupt
+
+    with lock.held(wait=False) as is_held:
+        assert is_held
+
+
+def test_a_child_does_not_hold_what_its_parent_held(tmp_path: Path) -> None:
+    lock = ProcessLock(tmp_path / "lock")
+    with lock.held(wait=False):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+    try:
+        with lock.held(wait=True) as is_held:  # would wait for as long as the child lives
+            assert is_held
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
+
+
 # Forks
+
+
+class Part:
+    """Something that notes what it is told, and may fail at that."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.told: list[str] = []
+        self._failure = failure
+
+    def before_fork(self) -> None:
+        if self._failure:
+            raise self._failure
+        self.told.append("before")
+
+    def after_fork(self, *, in_child: bool) -> None:
+        self.told.append("after")
+        if in_child:
+            raise ValueError("not in a child")
+
+
+def test_a_part_that_fails_does_not_keep_the_others_from_their_work(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    good, bad = Part(), Part(OSError("no"))
+    forks.watch(good)
+    forks.watch(bad)
+
+    in_child(lambda: None)
+
+    assert (good.told, bad.told) == (["before", "after"], [])
+    assert "cannot prepare for a fork" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_threads_that_fork_at_once(store: HostStore) -> None:
+    """One at a time: else each undoes what the other has prepared, and all hang."""
+    store.set_note("x", b"0")
+    done: list[int] = []
+
+    def fork_often() -> None:
+        for _ in range(100):
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+            store.note("x")
+        done.append(1)
+
+    threads = [threading.Thread(target=fork_often, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert done == [1, 1, 1]
 
 
 def test_a_child_opens_the_store_for_itself(store: HostStore) -> None:

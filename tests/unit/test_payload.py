@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from deferred_sessions import payload as payload_module
 from deferred_sessions.payload import JsonCodec, SerializerCodec, Snapshot, codec_for
 
 scalars = st.one_of(
@@ -272,3 +273,63 @@ def test_django_json_is_recognised() -> None:
 
 def test_the_tests_compare_with_the_real_thing() -> None:
     assert dumps({"a": [1, "é"]}) == json.dumps({"a": [1, "é"]}, separators=(",", ":")).encode()
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_deeper_than_marshal_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What JSON takes, a session must give back; how deep depends on the Python."""
+    codec = codec_for(JSONSerializer)
+    flat = codec.encode({"n": 1, "deep": []})
+    shallow, _ = flat.changed_to({"n": 2, "deep": []})
+    marshalled = payload_module._marshalled
+    monkeypatch.setattr(
+        payload_module, "_marshalled", lambda v: None if str(v).count("[") > 20 else marshalled(v)
+    )
+    session = {"n": 1, "deep": nested(50)}
+
+    unread = codec.decode(JSONSerializer().dumps({"n": 1, "deep": nested(40)}))
+    for before in (flat, shallow, unread, codec.decode(b'{"a":[1]}')):
+        snapshot, changed = before.changed_to(session)
+        assert "deep" in changed
+        assert snapshot.payload == JSONSerializer().dumps(session)
+        assert snapshot.copy() == session
+        again, changed = snapshot.changed_to({**session, "n": 2})
+        assert list(changed) == ["n"]
+        assert again.copy() == {**session, "n": 2}
+
+
+def test_2500_lists_in_each_other() -> None:
+    session = {"deep": nested(2500)}
+    try:
+        payload = JSONSerializer().dumps(session)
+    except RecursionError:
+        return  # this Python refuses it, as it does with Django's own engines
+    snapshot = codec_for(JSONSerializer).decode(payload)
+    assert snapshot.copy() == session
+
+
+def test_values_that_cannot_be_compared_count_as_changed() -> None:
+    """An array answers `!=` with an array, which is neither true nor false."""
+
+    class Verbatim:
+        def dumps(self, obj: Any) -> bytes:
+            return repr(sorted(obj)).encode() + (b"!" if isinstance(obj["a"], Array) else b"")
+
+        def loads(self, data: bytes) -> Any:
+            return {"a": 1, "b": 1}
+
+    class Array:
+        def __ne__(self, other: object) -> Any:
+            raise ValueError("ambiguous")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    snapshot = codec_for(Verbatim).encode({"a": 1, "b": 1})
+    _, changed = snapshot.changed_to({"a": Array(), "b": 1})
+    assert changed == ["a"]

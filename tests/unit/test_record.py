@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deferred_sessions import lifecycle
+from deferred_sessions import record as record_module
 from deferred_sessions.exceptions import DeferredSessionsError, RecordCorruptError
+from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import (
     CHANGED,
@@ -128,3 +130,18 @@ def _record() -> SessionRecord:
     return SessionRecord(
         "k" * 32, b"{}", "", 0, 0, 0, 1, 1, 0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 1.0, 1.0
     )
+
+
+def test_the_layout_has_its_number() -> None:
+    """Whoever changes the layout must raise FORMAT, or old stores are misread."""
+    assert (FORMAT, record_module._HEADER.format, record_module._HEADER.size) == (
+        2,
+        "<BHBIIQQQdddddddd",
+        100,
+    )
+
+
+@given(records)
+def test_a_record_does_not_tell_its_secrets(record: SessionRecord) -> None:
+    assert record.key not in repr(record)
+    assert record.key not in repr([Dirty.of(record), [record]])
