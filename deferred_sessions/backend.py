@@ -24,10 +24,11 @@ from django.contrib.sessions.backends.base import (
     UpdateError,
 )
 from django.utils.crypto import get_random_string
+from django.utils.functional import cached_property
 
 from deferred_sessions.exceptions import RowRefusedError, SessionDeletedError
 from deferred_sessions.memory.cache import Entry
-from deferred_sessions.payload import Snapshot
+from deferred_sessions.payload import Serializer, Snapshot
 from deferred_sessions.runtime import Runtime, get_runtime
 from deferred_sessions.saving import Memory, Rest, Saving
 
@@ -53,6 +54,17 @@ class SessionStore(SessionBase):
 
     _base: Entry[Snapshot] | None = None
     """The session as it was last loaded or saved."""
+
+    def __init__(self, session_key: str | None = None) -> None:
+        # All that Django's does, but for the serializer, which it imports for each request.
+        self._session_key = session_key
+        self.accessed = False
+        self.modified = False
+
+    @cached_property
+    def serializer(self) -> type[Serializer]:
+        """Return the class that SESSION_SERIALIZER names."""
+        return get_runtime().serializer
 
     @classmethod
     def get_model_class(cls) -> type:
@@ -245,10 +257,11 @@ class SessionStore(SessionBase):
             snapshot, is_urgent = runtime.codec.encode(session), True
         else:
             raise UpdateError("There is no such session.")
+        user_id = session.get(USER_KEY)
         return runtime.tiers.remember(
             key,
             snapshot,
-            _user_id(session),
+            _as_text(user_id) if user_id else "",
             self._expires_at(session, now),
             now,
             is_urgent=is_urgent,
@@ -282,7 +295,7 @@ class SessionStore(SessionBase):
         created = runtime.tiers.create(
             key,
             snapshot,
-            _user_id(session),
+            _as_text(session.get(USER_KEY) or ""),
             expires_at=self._expires_at(session, now),
             now=now,
         )
@@ -309,10 +322,7 @@ def _is_valid(key: str | None) -> TypeGuard[str]:
     return key is not None and VALID_KEY(key) is not None
 
 
-def _user_id(session: dict[str, Any]) -> str:
-    """Return who is logged in, as far as the column can hold it, or ""."""
-    user_id = session.get(USER_KEY)
-    if not user_id:
-        return ""
+def _as_text(user_id: object) -> str:
+    """Return who is logged in, as far as the column can hold it."""
     text = str(user_id).replace("\0", "")[:MAX_USER_ID]
     return text if text.isascii() else text.encode(errors="replace").decode()

@@ -48,6 +48,7 @@ class Runtime:
     settings: Settings
     urgent_keys: frozenset[str]
     """Session keys whose change does not wait for the flusher."""
+    serializer: type[Serializer]
     store: HostStore
     codec: Codec
     overlap: Overlap
@@ -110,6 +111,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     return Runtime(
         settings=settings,
         urgent_keys=frozenset(settings.write_through_keys),
+        serializer=serializer,
         store=store,
         codec=codec,
         overlap=Overlap(codec=codec, counters=counters, is_merging=settings.locking == "merge"),

@@ -136,12 +136,14 @@ class Tiers:
             SessionDeletedError: The session was deleted meanwhile; nothing is changed.
         """
         payload, policy = snapshot.payload, self._policy
-        state = None if base is None else base[:2]
+        version, entered_at = (None, None) if base is None else base[:2]
 
         def transition(record: SessionRecord | None) -> SessionRecord | None:
             if record is None or record.flags & TOMBSTONE:
                 return record
-            if (record.version, record.entered_at) != state and has_moved_on(record, base):
+            if (record.version != version or record.entered_at != entered_at) and has_moved_on(
+                record, base
+            ):
                 return record
             return lifecycle.saved(record, payload, user_id, expires_at, now, policy)
 
@@ -151,9 +153,7 @@ class Tiers:
             return Saving(Rest.BYPASS, key, snapshot, user_id, expires_at, is_urgent, base)
         if before is None or after is None:
             return Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent, base)
-        if after.flags & TOMBSTONE:
-            raise SessionDeletedError(DELETED)
-        if after is before and has_moved_on(after, base):
+        if after is before and _is_in_the_way(after, base):
             return Saving(Rest.MERGE, key, snapshot, user_id, expires_at, is_urgent, base, after)
         # Not Entry(...), which costs as much as the rest of this method.
         entry: Entry[Snapshot] = tuple.__new__(Entry, (after.version, after.entered_at, snapshot))
@@ -286,3 +286,10 @@ class Tiers:
     def _note_use(self, key: str, now: float) -> None:
         with suppress(StoreFullError):  # it only orders eviction
             self._store.update(key, lambda known: known and lifecycle.used(known, now=now))
+
+
+def _is_in_the_way(record: SessionRecord, base: Entry[Snapshot] | None) -> bool:
+    """Tell whether `record` is why nothing was saved; raise if it was deleted."""
+    if record.is_tombstone:
+        raise SessionDeletedError(DELETED)
+    return has_moved_on(record, base)

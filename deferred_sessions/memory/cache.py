@@ -8,9 +8,11 @@ store meanwhile, so that no change of another process is missed.
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-MAX_BYTES: Final = 64 << 20  # payloads of all snapshots; decoded they take a few times that
+LARGE: Final = 4096  # bytes of payload from which a snapshot counts against the bytes
+MAX_BYTES: Final = 64 << 20  # payloads of large snapshots; decoded they take a few times that
 
 
 class Sized(Protocol):
@@ -43,7 +45,8 @@ class SessionCache(Generic[T]):
     def __init__(self, capacity: int, max_bytes: int = MAX_BYTES) -> None:
         self._capacity = capacity
         self._max_bytes = max_bytes
-        self._bytes = 0  # of payloads; a race may put it wrong until the next trim
+        self._large: dict[str, int] = {}  # bytes of each large one
+        self._bytes = 0  # and of all of them
         self._entries: OrderedDict[str, Entry[T]] = OrderedDict()
 
     def get(self, key: str, version: int, entered_at: float) -> Entry[T] | None:
@@ -56,32 +59,37 @@ class SessionCache(Generic[T]):
     def put(self, key: str, entry: Entry[T]) -> None:
         """Keep `entry` for `key`, in place of any other."""
         entries = self._entries
-        before = entries.get(key)
         entries[key] = entry
         entries.move_to_end(key)
-        self._bytes += len(entry[2].payload) - (len(before[2].payload) if before else 0)
-        if self._bytes > self._max_bytes or len(entries) > self._capacity:
-            self._trim()
+        if len(entry[2].payload) > LARGE or key in self._large:
+            self._weigh(key, len(entry[2].payload))
+        if len(entries) > self._capacity:
+            self._forget_oldest()
 
     def drop(self, key: str) -> None:
         """Forget the entry of `key`, if there is one."""
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._bytes -= len(entry[2].payload)
+        self._entries.pop(key, None)
+        self._bytes -= self._large.pop(key, 0)
 
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
+        self._large.clear()
         self._bytes = 0
 
-    def _trim(self) -> None:
+    def _weigh(self, key: str, size: int) -> None:
+        """Take note of the size of a snapshot, and make room for it if it is large."""
+        self._bytes -= self._large.pop(key, 0)
+        if size <= LARGE:
+            return
+        self._large[key] = size
+        self._bytes += size
         if self._bytes > self._max_bytes:
-            self._bytes = sum(len(entry[2].payload) for entry in list(self._entries.values()))
-        while self._entries and (
-            self._bytes > self._max_bytes or len(self._entries) > self._capacity
-        ):
-            try:
-                _, entry = self._entries.popitem(last=False)
-            except KeyError:  # another thread was faster
-                return
-            self._bytes -= len(entry[2].payload)
+            self._bytes = sum(self._large.copy().values())  # threads may have put it wrong
+        while self._entries and self._bytes > self._max_bytes:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        with suppress(KeyError):  # another thread may have been faster
+            key, _ = self._entries.popitem(last=False)
+            self._bytes -= self._large.pop(key, 0)

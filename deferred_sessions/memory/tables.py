@@ -260,12 +260,8 @@ def used_pages(txn: lmdb.Transaction, dbs: Databases) -> int:
 
 def _has_moved(before: SessionRecord, after: SessionRecord) -> bool:
     """Tell whether the two may have different places in the indexes."""
-    return (
-        before.flags != after.flags
-        or before.due_at != after.due_at
-        or before.changed_at != after.changed_at
-        or before.used_at != after.used_at
-    )
+    # Flags; changed, due, used. By place, because by name it costs three times as much.
+    return before[3] != after[3] or before[13:16] != after[13:16]
 
 
 def _reindex(

@@ -16,7 +16,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from deferred_sessions.backend import SessionStore
-from deferred_sessions.exceptions import ServerUnavailableError
+from deferred_sessions.exceptions import RowRefusedError, ServerUnavailableError
 from deferred_sessions.memory.counters import Counter
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
@@ -456,6 +456,28 @@ def test_the_constructor_does_no_io(directory: Any) -> None:
 
     assert len(queries) == 0
     assert not directory.exists()
+
+
+def test_the_constructor_leaves_nothing_out() -> None:
+    """It does not call Django's, so it must do all that Django's does."""
+    for key in (None, "somekey12345", "short", ""):
+        ours, djangos = SessionStore(key), DjangoStore(key)
+        assert vars(ours) == {k: v for k, v in vars(djangos).items() if k != "serializer"}
+        assert ours.serializer is djangos.serializer
+
+
+def test_a_table_that_takes_no_session(call: Call) -> None:
+    """A rule or a trigger swallows each insert: an error, not an endless loop."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "CREATE RULE swallow AS ON INSERT TO deferred_sessions_session DO INSTEAD NOTHING"
+        )
+    try:
+        with pytest.raises(RowRefusedError, match="under any key"):
+            call(SessionStore(), "create")
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("DROP RULE swallow ON deferred_sessions_session")
 
 
 def test_clear_expired(runtime: Runtime, call: Call) -> None:

@@ -17,7 +17,10 @@ from kombu import Exchange
 
 from deferred_sessions import tasks
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.exceptions import StoreUnavailableError
+from deferred_sessions.flusher import Flusher
 from deferred_sessions.models import Session
+from deferred_sessions.report import FlushReport
 from deferred_sessions.runtime import Runtime
 from deferred_sessions.schedule import CLEAR_TASK, FLUSH_TASK, beat_schedule
 from tests.integration.conftest import Outage, row
@@ -97,6 +100,32 @@ def test_flushsessions_loop_writes_everything_when_it_is_stopped() -> None:
 
     assert out.count("nothing to write") >= 1
     assert out.splitlines()[-1].startswith("1 updated; 0 dirty left")
+    assert row(session.session_key) == {"n": 1}
+
+
+def test_flushsessions_loop_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store cannot be opened now, say: the service must not be gone when it can."""
+    session = dirty()
+    real = Flusher.flush_once
+    calls: list[float] = []
+
+    def first_fails(self: Flusher, now: float, *, everything: bool = False) -> FlushReport:
+        calls.append(now)
+        if len(calls) == 1:
+            raise StoreUnavailableError("not now")
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, now, everything=everything)
+
+    monkeypatch.setattr(Flusher, "flush_once", first_fails)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run("flushsessions", "--loop", "0.01")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    assert len(calls) >= 3
     assert row(session.session_key) == {"n": 1}
 
 

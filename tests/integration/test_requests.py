@@ -14,6 +14,7 @@ from django.test import AsyncClient, Client
 from django.test.utils import CaptureQueriesContext
 from freezegun import freeze_time
 
+from deferred_sessions import request_end
 from deferred_sessions.memory.counters import Counter
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime
@@ -255,6 +256,28 @@ def test_requests_are_counted_under_asgi(tune: Callable[..., Runtime]) -> None:
     key = async_to_sync(work)()
     assert row(key) == {"count": 4}
     assert runtime.counters.totals()[Counter.REQUESTS] == 4
+
+
+def test_async_views_are_counted_under_wsgi(client: Client, tune: Callable[..., Runtime]) -> None:
+    """The view runs on another thread than the request."""
+    tune(FLUSH_AT_REQUEST_END=True, FLUSH_AFTER_REQUESTS=3)
+    for _ in range(4):
+        client.get("/probe/acount/")
+
+    assert row(key_of(client)) == {"count": 4}
+
+
+def test_uses_outside_of_requests_do_not_pile_up(tune: Callable[..., Runtime]) -> None:
+    """A Celery worker that looks at sessions never ends a request."""
+    runtime = tune(FLUSH_AFTER_REQUESTS=3)
+    runtime.request_end.begin()
+    for number in range(1000):
+        runtime.request_end.note_use(f"session{number:05d}")
+
+    uses = request_end._uses.get()
+    assert uses is not None
+    assert len(uses) == request_end.MAX_USES
+    assert "session00999" in uses
 
 
 def test_the_end_of_a_request_survives_an_outage(

@@ -14,6 +14,7 @@ from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
 from tests.integration.conftest import (
     created,
+    forget,
     row,
 )
 
@@ -84,6 +85,21 @@ def test_a_strange_user_id_does_no_harm(runtime: Runtime, call: Call) -> None:
     call(session, "save")
 
     assert Session.objects.get(pk=session.session_key).user_id == ("nul" + "x" * 1000)[:255]
+
+
+@pytest.mark.parametrize("user_id", ["\ud800", "é" * 300, 7, {"a": 1}, "\U0001f600" * 254])
+def test_any_user_id_can_be_saved(runtime: Runtime, call: Call, user_id: Any) -> None:
+    """The column is for people who look; what cannot stand there must not fail a save."""
+    session = created(a=1)
+    session["_auth_user_id"] = user_id
+    call(session, "save")
+
+    stored = Session.objects.get(pk=session.session_key).user_id
+    assert stored is not None
+    assert 0 < len(stored) <= 255
+    assert runtime.flusher.flush_once(time.time() + 61).set_aside == 0
+    forget(runtime)
+    assert SessionStore(session.session_key).load()["_auth_user_id"] == user_id
 
 
 def test_cycle_key(call: Call) -> None:

@@ -52,7 +52,7 @@ def test_e002_unknown_key(settings: Any) -> None:
 
 
 BAD: dict[str, list[Any]] = {
-    "FLUSH_INTERVAL": [0, -1, "60", None, True, float("inf"), float("nan")],
+    "FLUSH_INTERVAL": [0, -1, "60", None, True, float("inf"), float("nan"), 1e308, 10**400],
     "FLUSH_AFTER_UPDATES": [0, 1, -1, 2.0, "2", True],
     "FLUSH_AFTER_REQUESTS": [0, 1, 2.5],
     "FLUSH_AT_REQUEST_END": [1, None, "yes"],
@@ -61,7 +61,7 @@ BAD: dict[str, list[Any]] = {
     "LOCKING": ["exclusiv", None, ["merge"]],
     "CREATE_WHEN_DOWN": ["no"],
     "BATCH_SIZE": [0, 10**9, 2.0, None],
-    "DIRECTORY": ["relative/path", 3, ""],
+    "DIRECTORY": ["relative/path", 3, "", "/dev/shm/nul\0"],
     "STORE_SIZE": [0, 1024, "256M", 1e9],
     "CACHE_SIZE": [-1, None, 1.5],
     "SERVERS": ["default", [], ["a", "b"], [3], None],

@@ -73,28 +73,28 @@ def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
 
 def test_the_cache_is_bounded_in_bytes_too() -> None:
     """Ten thousand large sessions are more than a process may take."""
-    cache: SessionCache[Snapshot] = SessionCache(100, max_bytes=1000)
+    cache: SessionCache[Snapshot] = SessionCache(100, max_bytes=100_000)
     for number in range(4):
-        cache.put(str(number), entry(1, b"x" * 400))
+        cache.put(str(number), entry(1, b"x" * 40_000))
     assert [cache.get(str(n), 1, 7.0) is not None for n in range(4)] == [False, False, True, True]
 
     cache.put("3", entry(2, b"x" * 10))
-    cache.put("small", entry(1, b"x" * 500))
+    cache.put("another", entry(1, b"x" * 50_000))
     assert cache.get("2", 1, 7.0) is not None
 
-    cache.put("huge", entry(1, b"x" * 1001))
+    cache.put("huge", entry(1, b"x" * 100_001))
     assert cache.get("huge", 1, 7.0) is None
 
 
 def test_the_cache_forgets_what_it_is_told_to() -> None:
-    cache: SessionCache[Snapshot] = SessionCache(3, max_bytes=1000)
-    cache.put("key", entry(1, b"x" * 900))
+    cache: SessionCache[Snapshot] = SessionCache(3, max_bytes=100_000)
+    cache.put("key", entry(1, b"x" * 90_000))
     cache.drop("key")
     cache.drop("key")
     assert cache.get("key", 1, 7.0) is None
 
-    cache.put("one", entry(1, b"x" * 500))
-    cache.put("two", entry(1, b"x" * 500))
+    cache.put("one", entry(1, b"x" * 50_000))
+    cache.put("two", entry(1, b"x" * 50_000))
     assert cache.get("one", 1, 7.0) is not None
 
 
