@@ -11,49 +11,52 @@ be used in async code, because no database is involved.
 
 from __future__ import annotations
 
-import re
 import time
-from contextlib import suppress
-from typing import Any, Final, TypeGuard
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final
 
 from asgiref.sync import sync_to_async
 from django.contrib.sessions.backends.base import (
     VALID_KEY_CHARS,
     CreateError,
-    SessionBase,
-    UpdateError,
 )
 from django.utils.crypto import get_random_string
 from django.utils.functional import cached_property
 
-from deferred_sessions.exceptions import RowRefusedError, SessionDeletedError
+from deferred_sessions.deferred_session import (
+    KEY_LENGTH,
+    TROUBLE,
+    USER_KEY,
+    DeferredSession,
+    as_django_says,
+    as_text,
+    is_valid,
+)
+from deferred_sessions.exceptions import (
+    RowRefusedError,
+)
 from deferred_sessions.memory.cache import Entry
 from deferred_sessions.payload import Serializer, Snapshot
 from deferred_sessions.runtime import Runtime, get_runtime
-from deferred_sessions.saving import Memory, Rest, Saving
+from deferred_sessions.saving import Memory
+from deferred_sessions.session_lock import SessionLock
 
-VALID_KEY: Final = re.compile(r"[0-9A-Za-z_-]{8,40}").fullmatch
-"""What may reach a tier at all. A cookie can hold anything; Django's own keys are 32
-characters of a-z0-9, the rest leaves room for keys that other engines have made."""
-
-USER_KEY: Final = "_auth_user_id"
-KEY_LENGTH: Final = 32
-MAX_USER_ID: Final = 255  # characters; as wide as the column
 NOT_CREATED: Final = (
     "PostgreSQL inserts no session under any key. Is there a trigger or a rule on the table?"
 )
 CREATE_ATTEMPTS: Final = 10  # a random key is never taken that often
 
 
-class SessionStore(SessionBase):
+class SessionStore(DeferredSession):
     """A visitor's session, deferred.
 
     The class must be called `SessionStore`: Django derives the salt of the signature
     from the name, and rows stay readable by `django.contrib.sessions.backends.db`.
     """
 
-    _base: Entry[Snapshot] | None = None
-    """The session as it was last loaded or saved."""
+    _outcome: tuple[Exception | None] | None = None
+    """What became of a save that was done already, see `saved_already`."""
 
     def __init__(self, session_key: str | None = None) -> None:
         # All that Django's does, but for the serializer, which it imports for each request.
@@ -81,23 +84,36 @@ class SessionStore(SessionBase):
         Raises:
             ServerUnavailableError: Not in memory, and PostgreSQL cannot be asked. An
                 empty session would make the middleware delete the visitor's cookie.
+            SessionBusy: `LOCKING` is "exclusive", and another request has the session.
         """
         runtime, key, now = get_runtime(), self._session_key, time.time()
-        if not _is_valid(key):
+        if not is_valid(key):
             return self._adopt(None, runtime)
-        loaded = runtime.tiers.recall(key, now)
-        if loaded is Memory.UNKNOWN:
-            loaded = runtime.tiers.fetch(key, now)
+        try:
+            if runtime.busy.is_exclusive and not self.is_read_only:
+                runtime.busy.take(key)
+            loaded = runtime.tiers.recall(key, now)
+            if loaded is Memory.UNKNOWN:
+                loaded = runtime.tiers.fetch(key, now)
+        except TROUBLE as error:
+            self.trouble = error
+            raise
         return self._adopt(loaded, runtime)
 
     async def aload(self) -> dict[str, Any]:
         """Do what `load` does."""
         runtime, key, now = get_runtime(), self._session_key, time.time()
-        if not _is_valid(key):
+        if not is_valid(key):
             return self._adopt(None, runtime)
-        loaded = runtime.tiers.recall(key, now)
-        if loaded is Memory.UNKNOWN:
-            loaded = await sync_to_async(runtime.tiers.fetch)(key, now)
+        try:
+            if runtime.busy.is_exclusive and not self.is_read_only:
+                await runtime.busy.atake(key)
+            loaded = runtime.tiers.recall(key, now)
+            if loaded is Memory.UNKNOWN:
+                loaded = await sync_to_async(runtime.tiers.fetch)(key, now)
+        except TROUBLE as error:
+            self.trouble = error
+            raise
         return self._adopt(loaded, runtime)
 
     def exists(self, session_key: str | None) -> bool:
@@ -106,7 +122,7 @@ class SessionStore(SessionBase):
         Raises:
             ServerUnavailableError: Not in memory, and PostgreSQL cannot be asked.
         """
-        if not _is_valid(session_key):
+        if not is_valid(session_key):
             return False
         tiers, now = get_runtime().tiers, time.time()
         known = tiers.exists(session_key, now)
@@ -114,7 +130,7 @@ class SessionStore(SessionBase):
 
     async def aexists(self, session_key: str | None) -> bool:
         """Do what `exists` does."""
-        if not _is_valid(session_key):
+        if not is_valid(session_key):
             return False
         tiers, now = get_runtime().tiers, time.time()
         known = tiers.exists(session_key, now)
@@ -134,7 +150,12 @@ class SessionStore(SessionBase):
             CreateError: `must_create`, and the key is taken.
             UpdateError: The session was deleted since it was loaded.
             ServerUnavailableError: PostgreSQL had to be asked and could not be.
+            ReadOnlySessionError: The view had promised not to.
         """
+        if self._outcome is not None:
+            if self._outcome[0] is not None:
+                raise self._outcome[0]
+            return
         if self.session_key is None:
             self.create()
             return
@@ -142,17 +163,9 @@ class SessionStore(SessionBase):
         if must_create:
             self._insert(session)
             return
-        runtime, now = get_runtime(), time.time()
-        try:
-            saved = self._remember(session, runtime, now)
-            while not isinstance(saved, Entry):
-                if saved.rest is not Rest.MERGE:
-                    saved = runtime.tiers.settle(saved, now)
-                else:
-                    saved = self._merge_and_remember(saved, session, runtime, now)
-        except SessionDeletedError as error:
-            raise UpdateError(str(error)) from error
-        self._base = saved
+        saving = self.save_in_memory()
+        if saving is not None:
+            self.finish(saving)
 
     async def asave(self, must_create: bool = False) -> None:
         """Do what `save` does."""
@@ -163,17 +176,9 @@ class SessionStore(SessionBase):
         if must_create:
             await sync_to_async(self._insert)(session)
             return
-        runtime, now = get_runtime(), time.time()
-        try:
-            saved = self._remember(session, runtime, now)
-            while not isinstance(saved, Entry):
-                if saved.rest is not Rest.MERGE:
-                    saved = await sync_to_async(runtime.tiers.settle)(saved, now)
-                else:
-                    saved = self._merge_and_remember(saved, session, runtime, now)
-        except SessionDeletedError as error:
-            raise UpdateError(str(error)) from error
-        self._base = saved
+        saving = self.save_in_memory()
+        if saving is not None:
+            await self.afinish(saving)
 
     def create(self) -> None:
         """Create a session under a new key, in PostgreSQL and in memory.
@@ -200,20 +205,70 @@ class SessionStore(SessionBase):
                 return
         raise RowRefusedError(NOT_CREATED)
 
+    def persist(self) -> None:
+        """Save the session, and have it in PostgreSQL when this returns.
+
+        Inside a transaction of the application it is there when that commits.
+
+        Raises:
+            UpdateError: The session was deleted since it was loaded.
+            ServerUnavailableError, RowRefusedError: PostgreSQL does not have it; memory has.
+        """
+        self.save()
+        with as_django_says():
+            get_runtime().tiers.persist(str(self.session_key), time.time())
+
+    async def apersist(self) -> None:
+        """Do what `persist` does."""
+        await self.asave()
+        with as_django_says():
+            await sync_to_async(get_runtime().tiers.persist)(str(self.session_key), time.time())
+
+    def lock(self, *names: str, timeout: float | None = None) -> SessionLock:
+        """Return what gives a `with` block these keys of the session to itself.
+
+        Without names it is the whole session. No thread, task or process of the host that
+        locks any of them goes on meanwhile; `timeout` is `LOCK_TIMEOUT` seconds unless
+        given. On entry the session is brought up to date, on exit it is saved. Threads may
+        nest locks on portions; the whole session must be locked before its portions.
+
+        Raises (in the `with` statement):
+            LockTimeoutError: Somebody else held it for too long; says who.
+            LockOrderError: The whole session after portions of it.
+            UpdateError: The session was deleted.
+        """
+        runtime = get_runtime()
+        wait = runtime.settings.lock_timeout if timeout is None else timeout
+        return SessionLock(self, runtime.claims, frozenset(names), wait)
+
+    @contextmanager
+    def saved_already(self, failure: Exception | None) -> Iterator[None]:
+        """Have `save` do nothing in the block, or raise `failure`.
+
+        For middleware that has awaited `asave` and then calls code that calls `save`.
+        """
+        self._outcome = (failure,)
+        try:
+            yield
+        finally:
+            self._outcome = None
+
     def cycle_key(self) -> None:
         """Go on under another key, with what overlapping requests saved under this one."""
-        self._catch_up(self._session)  # type: ignore[attr-defined]
+        self._get_session()  # type: ignore[attr-defined]
+        self._catch_up()
         super().cycle_key()
 
     async def acycle_key(self) -> None:
         """Do what `cycle_key` does."""
-        self._catch_up(await self._aget_session())  # type: ignore[attr-defined]
+        await self._aget_session()  # type: ignore[attr-defined]
+        self._catch_up()
         await super().acycle_key()
 
     def delete(self, session_key: str | None = None) -> None:
         """Delete the session everywhere; it stays deleted even if PostgreSQL is away."""
         key = self.session_key if session_key is None else session_key
-        if _is_valid(key):
+        if is_valid(key):
             get_runtime().tiers.delete(key, time.time())
 
     async def adelete(self, session_key: str | None = None) -> None:
@@ -242,60 +297,16 @@ class SessionStore(SessionBase):
             runtime.request_end.note_use(str(self._session_key))
         return loaded.snapshot.copy()
 
-    def _remember(
-        self, session: dict[str, Any], runtime: Runtime, now: float
-    ) -> Entry[Snapshot] | Saving:
-        """Save in memory; encodes first, so that a failure changes nothing.
-
-        Returns the session as saved, or what is left to do.
-        """
-        key, base = self._session_key, self._base
-        if base is not None and key is not None:  # then it was checked when it was loaded
-            snapshot, changed = base.snapshot.changed_to(session)
-            is_urgent = not runtime.urgent_keys.isdisjoint(changed)
-        elif _is_valid(key):
-            snapshot, is_urgent = runtime.codec.encode(session), True
-        else:
-            raise UpdateError("There is no such session.")
-        user_id = session.get(USER_KEY)
-        return runtime.tiers.remember(
-            key,
-            snapshot,
-            _as_text(user_id) if user_id else "",
-            self._expires_at(session, now),
-            now,
-            is_urgent=is_urgent,
-            base=base if runtime.overlap.is_merging else None,
-        )
-
-    def _merge_and_remember(
-        self, saving: Saving, session: dict[str, Any], runtime: Runtime, now: float
-    ) -> Entry[Snapshot] | Saving:
-        """Merge with the request that was faster, and try again."""
-        base, record = saving.base, saving.record
-        if base is not None and record is not None:
-            self._base = runtime.overlap.merge_into(session, base.snapshot, record)
-        return self._remember(session, runtime, now)
-
-    def _catch_up(self, session: dict[str, Any]) -> None:
-        """Merge `session` with what memory has of it now, before its key is given up."""
-        runtime, key, base = get_runtime(), self._session_key, self._base
-        if key is None or base is None or not runtime.overlap.is_merging:
-            return
-        record = runtime.tiers.overlapping(key, base)
-        if record is not None:
-            self._base = runtime.overlap.merge_into(session, base.snapshot, record)
-
     def _insert(self, session: dict[str, Any]) -> None:
         """Create the session under its key, or raise CreateError."""
         key, runtime, now = self._session_key, get_runtime(), time.time()
-        if not _is_valid(key):
+        if not is_valid(key):
             raise ValueError("A session key must be 8 to 40 characters of 0-9, A-Z, a-z, _ and -.")
         snapshot = runtime.codec.encode(session)
         created = runtime.tiers.create(
             key,
             snapshot,
-            _as_text(session.get(USER_KEY) or ""),
+            as_text(session.get(USER_KEY) or ""),
             expires_at=self._expires_at(session, now),
             now=now,
         )
@@ -303,26 +314,9 @@ class SessionStore(SessionBase):
             raise CreateError
         self._base = created
 
-    def _expires_at(self, session: dict[str, Any], now: float) -> float:
-        expiry = session.get("_session_expiry")
-        if not expiry:
-            return now + self.get_session_cookie_age()
-        expires_at: float = self.get_expiry_date(expiry=expiry).timestamp()
-        return expires_at
-
     def _get_new_session_key(self) -> str:
         """Return a random key; whether it is taken shows when it is inserted."""
         return get_random_string(KEY_LENGTH, VALID_KEY_CHARS)
 
     async def _aget_new_session_key(self) -> str:
         return self._get_new_session_key()
-
-
-def _is_valid(key: str | None) -> TypeGuard[str]:
-    return key is not None and VALID_KEY(key) is not None
-
-
-def _as_text(user_id: object) -> str:
-    """Return who is logged in, as far as the column can hold it."""
-    text = str(user_id).replace("\0", "")[:MAX_USER_ID]
-    return text if text.isascii() else text.encode(errors="replace").decode()

@@ -26,6 +26,8 @@ from deferred_sessions.policy import Policy
 NAME: Final = "DEFERRED_SESSIONS"
 ENGINE: Final = "deferred_sessions.backend"
 MIN_STORE_SIZE: Final = 4 << 20
+MIDDLEWARE: Final = "deferred_sessions.middleware.SessionMiddleware"
+LOCKING: Final = ("merge", "exclusive", "last-write-wins")
 MAX_BATCH_SIZE: Final = 10_000
 MAX_INTERVAL: Final = 86_400  # seconds
 
@@ -52,7 +54,9 @@ class Settings:
     )
     """Keys whose change is written at once: login, logout, expiry."""
     locking: str = "merge"
-    """What happens when requests of one visitor overlap: merge, or last-write-wins."""
+    """What happens when requests of one visitor overlap: one of `LOCKING`."""
+    lock_timeout: float = 10.0
+    """Seconds to wait for a session, or a portion of it, that somebody else holds."""
     create_when_down: bool = True
     """Keep new sessions in memory while PostgreSQL is away; off: creating one fails."""
     batch_size: int = 250
@@ -129,6 +133,12 @@ def relations() -> Iterator[Problem]:
             f"AUTOCOMMIT is off for the database {alias!r}, so nobody commits what is flushed.",
             "Leave it on, or give the sessions an alias of their own in SERVERS.",
         )
+    if settings.locking == "exclusive" and MIDDLEWARE not in django_settings.MIDDLEWARE:
+        yield Problem(
+            "E008",
+            f"LOCKING is 'exclusive', but MIDDLEWARE lacks {MIDDLEWARE!r}.",
+            "It gives a session back when its request ends. Put it in the place of Django's.",
+        )
     if not is_in_use():
         yield Problem(
             "W001",
@@ -165,6 +175,11 @@ def get_settings() -> Settings:
 def is_in_use() -> bool:
     """Tell whether this project's sessions are ours: installed, and named as the engine."""
     return bool(django_settings.SESSION_ENGINE == ENGINE)
+
+
+def saves_every_request() -> bool:
+    """Tell whether a session is saved at the end of each request that has one."""
+    return bool(django_settings.SESSION_SAVE_EVERY_REQUEST)
 
 
 def session_serializer() -> Any:
@@ -219,8 +234,12 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
     "WRITE_ON_CREATE": _SWITCH,
     "WRITE_THROUGH_KEYS": (_is_names, "a list of session keys, such as ['_auth_user_id']"),
     "LOCKING": (
-        lambda value: value in ("merge", "last-write-wins"),
-        "'merge' or 'last-write-wins'",
+        lambda value: value in LOCKING,
+        "'merge', 'exclusive' or 'last-write-wins'",
+    ),
+    "LOCK_TIMEOUT": (
+        lambda value: _is_number(value) and 0 <= value <= MAX_INTERVAL,
+        "a number of seconds, such as 10.0",
     ),
     "CREATE_WHEN_DOWN": _SWITCH,
     "BATCH_SIZE": (

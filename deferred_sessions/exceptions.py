@@ -14,7 +14,11 @@ that code which knows nothing of this package still understands it.
      ├── ServerUnavailableError        (ConnectionError)  PostgreSQL cannot be asked
      ├── RowRefusedError               (ValueError)       PostgreSQL refused this data
      │    └── RowLockedError             (TimeoutError)     somebody holds the row
-     └── SessionDeletedError           (LookupError)      deleted while it was in use
+     ├── SessionDeletedError           (LookupError)      deleted while it was in use
+     ├── ReadOnlySessionError          (TypeError)        changed where that was ruled out
+     ├── LockOrderError                (RuntimeError)     a lock that could never be had
+     └── LockTimeoutError              (TimeoutError)     somebody else has it
+          └── SessionBusy                                   another request has the session
 
 The session engine itself raises Django's `CreateError` and `UpdateError`, because
 those are part of Django's contract.
@@ -65,3 +69,19 @@ class RowLockedError(RowRefusedError, TimeoutError):
 
 class SessionDeletedError(DeferredSessionsError, LookupError):
     """The session was deleted since it was loaded; it must not come back."""
+
+
+class ReadOnlySessionError(DeferredSessionsError, TypeError):
+    """A session was changed in a view that had promised only to read it."""
+
+
+class LockOrderError(DeferredSessionsError, RuntimeError):
+    """The whole session cannot be locked by who has locked portions of it."""
+
+
+class LockTimeoutError(DeferredSessionsError, TimeoutError):
+    """Somebody else held a session, or a portion of it, for too long."""
+
+
+class SessionBusy(LockTimeoutError):  # noqa: N818 - the name of the state, as in the design
+    """Another request held the session for too long; HTTP 503."""

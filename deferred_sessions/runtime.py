@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from django.core.signals import setting_changed
 
+from deferred_sessions.busy import Busy
 from deferred_sessions.bypass import Bypass
 from deferred_sessions.conf import (
     NAME,
     Settings,
     get_settings,
     is_in_use,
+    saves_every_request,
     session_serializer,
     store_identity,
 )
@@ -26,6 +29,7 @@ from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.intake import Intake
 from deferred_sessions.memory.cache import SessionCache
+from deferred_sessions.memory.claims import Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
 from deferred_sessions.memory.store import HostStore
@@ -38,6 +42,14 @@ from deferred_sessions.tiers import Tiers
 from deferred_sessions.write_through import WriteThrough
 from deferred_sessions.writer import RecordWriter
 
+READ_ONCE: Final = (
+    NAME,
+    "SECRET_KEY",
+    "SESSION_SERIALIZER",
+    "SESSION_SAVE_EVERY_REQUEST",
+    "DATABASES",
+    "ROOT_URLCONF",
+)
 _built: list[Runtime] = []  # at most one; appending is atomic, so no lock is needed
 
 
@@ -48,7 +60,10 @@ class Runtime:
     settings: Settings
     urgent_keys: frozenset[str]
     """Session keys whose change does not wait for the flusher."""
+    saves_every_request: bool
     serializer: type[Serializer]
+    claims: Claims
+    busy: Busy
     store: HostStore
     codec: Codec
     overlap: Overlap
@@ -97,6 +112,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     counters = Counters(directory)
     store.on_evicted = partial(counters.add, Counter.EVICTIONS)
     server = SessionServer(settings.server, owner=partial(_owner, store))
+    claims = Claims(directory)
     encoder = RowEncoder()
     writer = RecordWriter(store, server, encoder, counters, policy)
     intake = Intake(store, server, encoder)
@@ -111,10 +127,19 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     return Runtime(
         settings=settings,
         urgent_keys=frozenset(settings.write_through_keys),
+        saves_every_request=saves_every_request(),
         serializer=serializer,
+        claims=claims,
+        busy=Busy(
+            claims,
+            is_exclusive=settings.locking == "exclusive",
+            timeout=settings.lock_timeout,
+        ),
         store=store,
         codec=codec,
-        overlap=Overlap(codec=codec, counters=counters, is_merging=settings.locking == "merge"),
+        overlap=Overlap(
+            codec=codec, counters=counters, is_merging=settings.locking != "last-write-wins"
+        ),
         cache=cache,
         counters=counters,
         flusher=flusher,
@@ -161,7 +186,7 @@ def _owner(store: HostStore) -> str:
 
 
 def _on_setting_changed(*, setting: str, **_: object) -> None:
-    if setting in (NAME, "SECRET_KEY", "SESSION_SERIALIZER", "DATABASES", "ROOT_URLCONF"):
+    if setting in READ_ONCE:
         reset_runtime()
 
 

@@ -170,12 +170,48 @@ class Tiers:
             return Saving(Rest.WRITE, key, snapshot, user_id, expires_at, is_urgent, base, after)
         return entry
 
-    def overlapping(self, key: str, base: Entry[Snapshot]) -> SessionRecord | None:
-        """Return what memory has of `key`, if that is not the session `base` any more."""
+    def known_record(self, key: str, now: float) -> SessionRecord | None:
+        """Return what memory has of a live session; None if it knows nothing of it.
+
+        Raises:
+            SessionDeletedError: It was deleted, or has expired.
+        """
         record = self._store.get(key)
-        if record is None or record.is_tombstone or not has_moved_on(record, base):
-            return None
+        if record is not None and (record.is_tombstone or record.expires_at <= now):
+            raise SessionDeletedError(DELETED)
         return record
+
+    def newest(self, key: str, now: float) -> SessionRecord:
+        """Return the session as memory has it, or else PostgreSQL.
+
+        Raises:
+            SessionDeletedError: It was deleted, or has expired.
+            ServerUnavailableError: Not in memory, and PostgreSQL cannot be asked.
+        """
+        record = self.known_record(key, now)
+        if record is None:
+            found = self._intake.take_in(key, now)
+            if found is None or found.record.is_tombstone or found.record.expires_at <= now:
+                raise SessionDeletedError(DELETED)
+            record = found.record
+        return record
+
+    def persist(self, key: str, now: float) -> None:
+        """Write what memory has of the session to PostgreSQL, if that lacks it.
+
+        Raises:
+            SessionDeletedError: PostgreSQL has no such session, or another one.
+            ServerUnavailableError, RowRefusedError: Nothing was written.
+        """
+        record = self._store.get(key)
+        if record is not None and record.is_dirty:
+            self._write_through.persist(record, now)
+
+    def live_record(self, key: str, now: float) -> SessionRecord | None:
+        """Return what memory has of a live session, or None."""
+        with suppress(SessionDeletedError):
+            return self.known_record(key, now)
+        return None
 
     def settle(self, saving: Saving, now: float) -> Entry[Snapshot] | Saving:
         """Finish what memory alone could not; the rest of it may be to MERGE.

@@ -11,12 +11,17 @@ import logging
 from typing import Final
 
 from deferred_sessions import lifecycle
-from deferred_sessions.exceptions import RowLockedError, RowRefusedError, ServerUnavailableError
+from deferred_sessions.exceptions import (
+    RowLockedError,
+    RowRefusedError,
+    ServerUnavailableError,
+    SessionDeletedError,
+)
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import SessionRecord
+from deferred_sessions.record import CHANGED, SessionRecord
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.writer import RecordWriter
 
@@ -62,6 +67,21 @@ class WriteThrough:
             self._log_postponed(error, now)
         else:
             self._counters.add(Counter.WRITES_THROUGH)
+
+    def persist(self, record: SessionRecord, now: float) -> None:
+        """Write `record` now, or say why not.
+
+        Raises:
+            SessionDeletedError: It was deleted there, or changed by another node.
+            ServerUnavailableError, RowRefusedError: Nothing was written.
+        """
+        with self._server.attempt():
+            outcome = self._writer.write_through(record, now)
+        if outcome.vanished or outcome.superseded:
+            raise SessionDeletedError("The session was deleted or replaced in PostgreSQL.")
+        if outcome.outdated:  # PostgreSQL has forgotten a version; all of it is sent now
+            self.persist(record._replace(flags=record.flags | CHANGED), now)
+        self._counters.add(Counter.WRITES_THROUGH)
 
     def insert(self, record: SessionRecord, now: float) -> SessionRecord | None:
         """Insert a new session; None if its key is taken.
