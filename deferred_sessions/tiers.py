@@ -197,14 +197,16 @@ class Tiers:
         return record
 
     def persist(self, key: str, now: float) -> None:
-        """Write what memory has of the session to PostgreSQL, if that lacks it.
+        """Write what memory has of the session to PostgreSQL, if that lacks any of it.
+
+        The expiry alone is not worth a write.
 
         Raises:
             SessionDeletedError: PostgreSQL has no such session, or another one.
             ServerUnavailableError, RowRefusedError: Nothing was written.
         """
         record = self._store.get(key)
-        if record is not None and record.is_dirty:
+        if record is not None and record.is_changed:
             self._write_through.persist(record, now)
 
     def live_record(self, key: str, now: float) -> SessionRecord | None:

@@ -21,7 +21,7 @@ from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import CHANGED, SessionRecord
+from deferred_sessions.record import SessionRecord
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.writer import RecordWriter
 
@@ -79,8 +79,6 @@ class WriteThrough:
             outcome = self._writer.write_through(record, now)
         if outcome.vanished or outcome.superseded:
             raise SessionDeletedError("The session was deleted or replaced in PostgreSQL.")
-        if outcome.outdated:  # PostgreSQL has forgotten a version; all of it is sent now
-            self.persist(record._replace(flags=record.flags | CHANGED), now)
         self._counters.add(Counter.WRITES_THROUGH)
 
     def insert(self, record: SessionRecord, now: float) -> SessionRecord | None:

@@ -9,6 +9,8 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 
+from deferred_sessions.decorators import durable_session, exclusive_session
+
 
 def count(request: HttpRequest, key: str = "count") -> JsonResponse:
     """Read, change and save the session."""
@@ -20,6 +22,32 @@ async def acount(request: HttpRequest, key: str = "count") -> JsonResponse:
     """Do the same as `count`, asynchronously."""
     await request.session.aset(key, await request.session.aget(key, 0) + 1)
     return _answer(request, key)
+
+
+def locked(request: HttpRequest, key: str = "count") -> JsonResponse:
+    """Do the same as `count`, with `key` locked."""
+    with request.session.lock(key):
+        request.session[key] = request.session.get(key, 0) + 1
+    return _answer(request, key)
+
+
+async def alocked(request: HttpRequest, key: str = "count") -> JsonResponse:
+    """Do the same as `locked`, asynchronously."""
+    async with request.session.lock(key):
+        await request.session.aset(key, await request.session.aget(key, 0) + 1)
+    return _answer(request, key)
+
+
+@exclusive_session
+def exclusive(request: HttpRequest, key: str = "count") -> JsonResponse:
+    """Do the same as `count`, with the session to itself."""
+    return count(request, key)
+
+
+@durable_session
+def durable(request: HttpRequest, key: str = "count") -> JsonResponse:
+    """Do the same as `count`, in PostgreSQL before the answer."""
+    return count(request, key)
 
 
 def read(request: HttpRequest, key: str = "count") -> JsonResponse:
@@ -71,6 +99,10 @@ urlpatterns = [
     path("count/", count),
     path("count/<key>/", count),
     path("acount/", acount),
+    path("locked/", locked),
+    path("alocked/", alocked),
+    path("exclusive/", exclusive),
+    path("durable/", durable),
     path("read/", read),
     path("read/<key>/", read),
     path("nothing/", nothing),

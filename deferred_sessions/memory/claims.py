@@ -241,4 +241,5 @@ def _give_turns(line: list[Claim]) -> None:
 
 def _byte(name: str) -> int:
     """Return the byte of the file that stands for `name`: 62 bits of its digest."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") >> 2
+    digest = blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2

@@ -10,17 +10,25 @@ import pytest
 from asgiref.sync import async_to_sync
 from django.contrib.sessions.backends.base import SessionBase
 from django.contrib.sessions.exceptions import SessionInterrupted
-from django.contrib.sessions.middleware import SessionMiddleware
+from django.contrib.sessions.middleware import SessionMiddleware as DjangoMiddleware
 from django.http import HttpRequest, HttpResponse
 from django.test import RequestFactory
+
+from deferred_sessions.middleware import SessionMiddleware
 
 Engine = type[SessionBase]
 View = Callable[[HttpRequest], HttpResponse]
 Serve = Callable[..., HttpResponse]
 
 
+@pytest.fixture(params=[DjangoMiddleware, SessionMiddleware], ids=["djangos", "ours"])
+def middleware(request: pytest.FixtureRequest) -> Any:
+    """Django's middleware, and ours, which can take its place."""
+    return request.param
+
+
 @pytest.fixture(params=["sync", "async"])
-def serve(request: pytest.FixtureRequest, engine: Engine) -> Serve:
+def serve(request: pytest.FixtureRequest, engine: Engine, middleware: Any) -> Serve:
     """Send a request through the middleware to a view; return the response."""
 
     def do(view: View, http_request: HttpRequest | None = None, cookie: str = "") -> HttpResponse:
@@ -28,13 +36,13 @@ def serve(request: pytest.FixtureRequest, engine: Engine) -> Serve:
         if cookie:
             http_request.COOKIES["sessionid"] = cookie
         if request.param == "sync":
-            return SessionMiddleware(view)(http_request)
+            return middleware(view)(http_request)
 
         async def aview(request: HttpRequest) -> HttpResponse:
             await asyncio.sleep(0)
             return view(request)
 
-        return async_to_sync(SessionMiddleware(aview))(http_request)  # type: ignore[arg-type]
+        return async_to_sync(middleware(aview))(http_request)
 
     return do
 
