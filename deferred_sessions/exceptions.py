@@ -18,7 +18,7 @@ that code which knows nothing of this package still understands it.
      ├── ReadOnlySessionError          (TypeError)        changed where that was ruled out
      ├── LockOrderError                (RuntimeError)     a lock that could never be had
      └── LockTimeoutError              (TimeoutError)     somebody else has it
-          └── SessionBusy                                   another request has the session
+          └── SessionBusy               (TimeoutError)     another request has the session
 
 The session engine itself raises Django's `CreateError` and `UpdateError`, because
 those are part of Django's contract.

@@ -59,6 +59,7 @@ BAD: dict[str, list[Any]] = {
     "WRITE_ON_CREATE": [0],
     "WRITE_THROUGH_KEYS": ["_auth_user_id", None, [1]],
     "LOCKING": ["exclusiv", None, ["merge"]],
+    "LOCK_TIMEOUT": [-1, "10", None, True, float("inf"), float("nan")],
     "CREATE_WHEN_DOWN": ["no"],
     "BATCH_SIZE": [0, 10**9, 2.0, None],
     "DIRECTORY": ["relative/path", 3, "", "/dev/shm/nul\0"],
@@ -119,6 +120,14 @@ def test_e005_unknown_database(settings: Any) -> None:
     settings.DEFERRED_SESSIONS = {"SERVERS": ["nosuch"]}
 
     assert ids() == ["deferred_sessions.E005"]
+
+
+def test_e008_exclusive_without_the_middleware(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"LOCKING": "exclusive"}
+    assert check_settings() == []
+    settings.MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
+
+    assert [m.id for m in check_settings()] == ["deferred_sessions.E008"]
 
 
 def test_e006_not_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
