@@ -6,12 +6,20 @@ Invariant: starting a process opens nothing; the first session does.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final
 
 from django.apps import AppConfig
+from django.core import mail
 from django.core.checks import Tags, register
+from django.core.handlers.asgi import ASGIHandler
+from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_finished, request_started
 from django.utils.translation import gettext_lazy as _
+
+SERVERS: Final = (WSGIHandler, ASGIHandler)
+"""Who sends requests of real visitors. (Not the test client: an agent's connection would
+keep test databases from being removed; so would one under a live server for tests, which is
+known by Django's outbox.)"""
 
 
 class DeferredSessionsConfig(AppConfig):
@@ -30,11 +38,13 @@ class DeferredSessionsConfig(AppConfig):
         request_finished.connect(_on_request_finished, dispatch_uid="deferred_sessions")
 
 
-def _on_request_started(**_: Any) -> None:
+def _on_request_started(sender: type[object] | None, **_: Any) -> None:
     from deferred_sessions.runtime import get_runtime_in_use  # noqa: PLC0415
 
     if (runtime := get_runtime_in_use()) is not None:
         runtime.request_end.begin()
+        if runtime.settings.agent and sender in SERVERS and not hasattr(mail, "outbox"):
+            runtime.agent.start()
 
 
 def _on_request_finished(**_: Any) -> None:

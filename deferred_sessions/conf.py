@@ -57,6 +57,8 @@ class Settings:
     """What happens when requests of one visitor overlap: one of `LOCKING`."""
     lock_timeout: float = 10.0
     """Seconds to wait for a session, or a portion of it, that somebody else holds."""
+    agent: bool = True
+    """Have the web processes elect one that does the node's background duties."""
     create_when_down: bool = True
     """Keep new sessions in memory while PostgreSQL is away; off: creating one fails."""
     batch_size: int = 250
@@ -241,6 +243,7 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
         lambda value: _is_number(value) and 0 <= value <= MAX_INTERVAL,
         "a number of seconds, such as 10.0",
     ),
+    "AGENT": _SWITCH,
     "CREATE_WHEN_DOWN": _SWITCH,
     "BATCH_SIZE": (
         lambda value: _is_whole(value, 1) and value <= MAX_BATCH_SIZE,

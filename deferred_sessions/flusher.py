@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Final
 
@@ -25,6 +26,7 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import NEVER, Policy
 from deferred_sessions.report import FlushReport
+from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.signals import session_flushed
 from deferred_sessions.writer import RecordWriter
@@ -46,6 +48,7 @@ class Flusher:
         writer: RecordWriter,
         counters: Counters,
         policy: Policy,
+        revocations: Revocations,
         batch_size: int,
     ) -> None:
         self._store = store
@@ -53,6 +56,7 @@ class Flusher:
         self._writer = writer
         self._counters = counters
         self._policy = policy
+        self._revocations = revocations
         self._batch_size = batch_size
         self._lock = ProcessLock(store.directory / "flush.lock")
 
@@ -69,6 +73,8 @@ class Flusher:
                 return FlushReport(at=now, skipped=True)
             started = time.monotonic()
             self._store.sweep(now)
+            with suppress(ServerUnavailableError):  # the flush itself will say so
+                self._revocations.read_once(now)
             report = replace(
                 self._flush(now, self._horizon(now, everything=everything)),
                 seconds=time.monotonic() - started,
@@ -110,6 +116,7 @@ class Flusher:
                 raise ServerUnavailableError(report.failure)
             self._store.forget_expired(now)
         self._server.clear_expired(now, spare=self._alive_in_memory(now))
+        self._revocations.prune(now)
 
     def last_report(self) -> FlushReport | None:
         """Return the report of the last run on this node, by any process, or None."""

@@ -14,6 +14,7 @@ from typing import Final
 
 from django.core.signals import setting_changed
 
+from deferred_sessions.agent import Agent
 from deferred_sessions.busy import Busy
 from deferred_sessions.bypass import Bypass
 from deferred_sessions.conf import (
@@ -36,6 +37,7 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.overlap import Overlap
 from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
 from deferred_sessions.request_end import RequestEnd
+from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.statistics import StatisticsReader
 from deferred_sessions.tiers import Tiers
@@ -71,11 +73,14 @@ class Runtime:
     counters: Counters
     tiers: Tiers
     flusher: Flusher
+    revocations: Revocations
+    agent: Agent
     request_end: RequestEnd
     statistics: StatisticsReader
 
     def close(self) -> None:
-        """Unmap what is mapped; the next use of a part maps it again."""
+        """End the agent and unmap what is mapped; the next use of a part maps it again."""
+        self.agent.stop()
         self.store.close()
         self.counters.close()
 
@@ -116,13 +121,18 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     encoder = RowEncoder()
     writer = RecordWriter(store, server, encoder, counters, policy)
     intake = Intake(store, server, encoder)
+    revocations = Revocations(store=store, server=server, counters=counters, policy=policy)
     flusher = Flusher(
         store=store,
         server=server,
         writer=writer,
         counters=counters,
         policy=policy,
+        revocations=revocations,
         batch_size=settings.batch_size,
+    )
+    agent = Agent(
+        store=store, server=server, flusher=flusher, revocations=revocations, policy=policy
     )
     return Runtime(
         settings=settings,
@@ -143,6 +153,8 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         cache=cache,
         counters=counters,
         flusher=flusher,
+        revocations=revocations,
+        agent=agent,
         tiers=Tiers(
             store=store,
             cache=cache,

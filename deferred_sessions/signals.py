@@ -1,6 +1,6 @@
 """Signals of this package; connect to them as to Django's own.
 
-Sent by `flusher` and `overlap`, never inside a transaction or under a lock.
+Sent by `flusher`, `overlap` and `revocations`, never inside a transaction or under a lock.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from django.dispatch import Signal
 
 session_flushed: Final = Signal()
 """The flusher wrote to PostgreSQL. Argument: `report`, a `FlushReport`."""
+
+session_revoked: Final = Signal()
+"""Somebody deleted or changed rows other than through a session, and memory was brought up
+to date. Argument: `session_keys`, the list of the keys concerned."""
 
 session_conflict: Final = Signal()
 """Overlapping requests changed the same keys; the later save stood. Arguments:

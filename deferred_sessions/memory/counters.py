@@ -73,6 +73,8 @@ class Counter(IntEnum):
     """Saves merged with the change of an overlapping request."""
     CONFLICTS = 19
     """Keys that overlapping requests both changed; the later save stood."""
+    REVOKED = 20
+    """Sessions in memory that somebody deleted or changed in PostgreSQL."""
 
 
 class Counters:

@@ -222,6 +222,10 @@ class HostStore:
             total += swept
         return total
 
+    def clear_dead_readers(self) -> int:
+        """Free the reader slots of killed processes, which pin replaced pages."""
+        return (self._file.databases or self._file.open()).env.reader_check()
+
     def is_crowded(self) -> bool:
         """Tell whether there is little left that could be evicted to make room."""
         status = self.status()

@@ -75,6 +75,20 @@ class State(NamedTuple):
         return f"<State of version {self.version}>"
 
 
+class Revocation(NamedTuple):
+    """Something that was done to a row other than by a flush."""
+
+    number: int
+    transaction: int
+    key: str | None
+    """None stands for all sessions."""
+    node: str
+    """Who did it, if it was one of us."""
+
+    def __repr__(self) -> str:
+        return f"<Revocation {self.number}>"
+
+
 class SessionServer:
     """The sessions of one database alias."""
 
@@ -212,7 +226,7 @@ class SessionServer:
 
     def delete(self, keys: Sequence[str]) -> int:
         """Delete sessions, whether they exist or not; return how many did."""
-        return self._execute(sql.DELETE, [sorted(keys)])[1]
+        return self._execute(sql.DELETE, [sorted(keys), self.owner()])[1]
 
     def states(self, keys: Iterable[str]) -> dict[str, State]:
         """Return what stands in the rows of `keys`; leaves out those without a row."""
@@ -257,6 +271,21 @@ class SessionServer:
             total += deleted
             if deleted < CLEAR_BATCH:
                 return total
+
+    def revocations(self, since: int) -> tuple[list[Revocation], int]:
+        """Return what was revoked by transaction `since` and later, as far as committed.
+
+        And the oldest transaction that is still open: read on from there the next time.
+
+        Raises:
+            ServerUnavailableError: Nothing was read.
+        """
+        rows = self._run(sql.REVOCATIONS, [since])
+        return [Revocation(*row[:4]) for row in rows if row[0] is not None], rows[0][4]
+
+    def prune_revocations(self, before: float) -> None:
+        """Remove revocations that were made before this time."""
+        self._execute(sql.PRUNE_REVOCATIONS, [before])
 
     # Statements
 

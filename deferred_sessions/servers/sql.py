@@ -79,8 +79,9 @@ TOUCH: Final[LiteralString] = """
 DELETE: Final[LiteralString] = """
     DELETE FROM deferred_sessions_session
      WHERE session_key = ANY(%b::text[])
+       AND (SELECT set_config('deferred_sessions.node', %b, true)) IS NOT NULL
 """
-"""Delete sessions; those that are not there are fine."""
+"""Delete sessions; those that are not there are fine. The trigger learns who does it."""
 
 STATES: Final[LiteralString] = """
     SELECT session_key, version, fence, coalesce(owner, ''),
@@ -108,8 +109,25 @@ CLEAR_EXPIRED: Final[LiteralString] = """
               AND session_key <> ALL(%b::text[])
             LIMIT %b::int8
               FOR UPDATE SKIP LOCKED)
+       AND (SELECT set_config('deferred_sessions.node', '-', true)) IS NOT NULL
 """
-"""Delete a batch of expired sessions: the coarse day is indexed, the exact time is not."""
+"""Delete a batch of expired sessions: the coarse day is indexed, the exact time is not.
+Nobody needs to hear of it."""
+
+REVOCATIONS: Final[LiteralString] = """
+    SELECT id, xid::text::int8, session_key, node,
+           pg_snapshot_xmin(pg_current_snapshot())::text::int8
+      FROM (SELECT 1) AS one
+      LEFT JOIN deferred_sessions_revocation ON xid >= (%b::int8)::text::xid8
+     ORDER BY id
+"""
+"""What others did since a transaction, and the oldest one that is still open."""
+
+PRUNE_REVOCATIONS: Final[LiteralString] = """
+    DELETE FROM deferred_sessions_revocation
+     WHERE made_at < to_timestamp(%b::float8)
+"""
+"""Remove what every node has had time to read."""
 
 LOCK_TIMEOUT: Final[LiteralString] = "SELECT set_config('lock_timeout', %b, true)"
 """Give up on rows an application transaction holds, for this transaction only."""

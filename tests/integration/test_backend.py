@@ -13,6 +13,7 @@ from asgiref.sync import async_to_sync
 from django.contrib.sessions.backends.base import CreateError, UpdateError
 from django.contrib.sessions.backends.db import SessionStore as DjangoStore
 from django.db import connection
+from django.db.models.functions import Now
 from django.test.utils import CaptureQueriesContext
 
 from deferred_sessions.backend import SessionStore
@@ -484,7 +485,7 @@ def test_clear_expired(runtime: Runtime, call: Call) -> None:
     """Expired sessions go, in PostgreSQL and in memory; what lives on in memory stays."""
     old, alive, extended = created(a=1), created(a=2), created(a=3)
     Session.objects.filter(pk__in=[old.session_key, extended.session_key]).update(
-        expire_date="2020-01-01T00:00Z"
+        expire_date="2020-01-01T00:00Z", written_at=Now()
     )
     runtime.store.update(old.session_key or "", lambda r: r and r._replace(expires_at=1.0))
     extended["a"] = 4

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from django.db import connection, transaction
+from django.db.models.functions import Now
 from freezegun import freeze_time
 
 from deferred_sessions.backend import SessionStore
@@ -367,7 +368,7 @@ def test_clear_expired_spares_what_could_not_be_written(runtime: Runtime) -> Non
     """The row has expired, the session has not: somebody holds the row, or it is refused."""
     session = dirty(1)[0]
     now = time.time()
-    Session.objects.update(expire_date=datetime.fromtimestamp(now - 60, UTC))
+    Session.objects.update(expire_date=datetime.fromtimestamp(now - 60, UTC), written_at=Now())
     runtime.store.update(
         session.session_key or "", lambda r: r and r._replace(stored_expires_at=now - 60)
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from django.db.models.functions import Now
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.memory.counters import Counter
@@ -164,7 +165,7 @@ def test_short_sessions_are_extended_in_time(settings: Any, call: Call) -> None:
     session = created(a=1)
     session.set_expiry(30)
     call(session, "save")
-    Session.objects.update(expire_date="2026-01-01T00:00Z")
+    Session.objects.update(expire_date="2026-01-01T00:00Z", written_at=Now())
     runtime_record = Session.objects.get(pk=session.session_key)
 
     from deferred_sessions.runtime import get_runtime

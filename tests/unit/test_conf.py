@@ -60,6 +60,7 @@ BAD: dict[str, list[Any]] = {
     "WRITE_THROUGH_KEYS": ["_auth_user_id", None, [1]],
     "LOCKING": ["exclusiv", None, ["merge"]],
     "LOCK_TIMEOUT": [-1, "10", None, True, float("inf"), float("nan")],
+    "AGENT": ["no", 1],
     "CREATE_WHEN_DOWN": ["no"],
     "BATCH_SIZE": [0, 10**9, 2.0, None],
     "DIRECTORY": ["relative/path", 3, "", "/dev/shm/nul\0"],

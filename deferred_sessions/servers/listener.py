@@ -1,0 +1,77 @@
+"""Waits for a word from PostgreSQL that something was revoked.
+
+Used by the agent, between its rounds. Invariant: an accelerator and nothing else; without
+a connection, or behind a pooler that does not pass notifications on, waiting just takes
+its time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from types import TracebackType
+from typing import Any, Final
+
+import psycopg
+from django.db import connections
+
+logger = logging.getLogger(__name__)
+
+CHANNEL: Final = "deferred_sessions"
+
+
+class Listener:
+    """A connection of its own that listens; opened by the first wait."""
+
+    def __init__(self, alias: str, *, retry_after: float) -> None:
+        self._alias = alias
+        self._retry_after = retry_after
+        self._connection: psycopg.Connection[Any] | None = None
+        self._try_at = 0.0
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def wait(self, seconds: float, stop: threading.Event) -> bool:
+        """Wait until told, or for `seconds`; return whether it was told."""
+        connection = self._connection or self._open()
+        if connection is None:
+            stop.wait(seconds)
+            return False
+        try:
+            return any(True for _ in connection.notifies(timeout=seconds, stop_after=1))
+        except psycopg.Error as error:
+            logger.info("Listening was interrupted: %s", error, extra={"action": "not_listening"})
+            self._close()
+            stop.wait(seconds)
+            return False
+
+    def _open(self) -> psycopg.Connection[Any] | None:
+        """Connect as Django does, and listen; None if it is too early to try again."""
+        now = time.monotonic()
+        if now < self._try_at:
+            return None
+        self._try_at = now + self._retry_after
+        parameters = connections[self._alias].get_connection_params()
+        for ours in ("context", "cursor_factory", "prepare_threshold", "pool"):
+            parameters.pop(ours, None)
+        try:
+            self._connection = psycopg.connect(**parameters, autocommit=True)
+            self._connection.execute(f"LISTEN {CHANNEL}")
+        except psycopg.Error:
+            self._close()
+        return self._connection
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
