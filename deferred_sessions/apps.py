@@ -9,7 +9,6 @@ import time
 from typing import Any, Final
 
 from django.apps import AppConfig
-from django.core import mail
 from django.core.checks import Tags, register
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
@@ -32,6 +31,9 @@ class DeferredSessionsConfig(AppConfig):
     def ready(self) -> None:
         """Register the checks and listen for the ends of requests."""
         from deferred_sessions.checks import check_settings  # noqa: PLC0415 - apps first
+        from deferred_sessions.conf import project  # noqa: PLC0415
+
+        project()
 
         register(check_settings, Tags.sessions if hasattr(Tags, "sessions") else Tags.security)
         request_started.connect(_on_request_started, dispatch_uid="deferred_sessions")
@@ -39,11 +41,12 @@ class DeferredSessionsConfig(AppConfig):
 
 
 def _on_request_started(sender: type[object] | None, **_: Any) -> None:
+    from deferred_sessions.conf import is_under_test  # noqa: PLC0415
     from deferred_sessions.runtime import get_runtime_in_use  # noqa: PLC0415
 
     if (runtime := get_runtime_in_use()) is not None:
         runtime.request_end.begin()
-        if runtime.settings.agent and sender in SERVERS and not hasattr(mail, "outbox"):
+        if runtime.settings.agent and sender in SERVERS and not is_under_test():
             runtime.agent.start()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 from django.conf import settings as django_settings
+from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.db import DEFAULT_DB_ALIAS, connections
@@ -197,7 +198,21 @@ def store_identity() -> str:
     """
     database = connections[get_settings().server].settings_dict
     place = "/".join(str(database.get(part) or "") for part in ("HOST", "PORT", "NAME"))
-    return f"{django_settings.ROOT_URLCONF}@{place}"
+    return f"{project()}@{place}"
+
+
+@functools.cache
+def project() -> str:
+    """Return the name of the project: its ROOT_URLCONF when Django started.
+
+    Tests change that setting, but are still the same project.
+    """
+    return str(django_settings.ROOT_URLCONF)
+
+
+def is_under_test() -> bool:
+    """Tell whether Django's test environment is set up, which puts an outbox into `mail`."""
+    return hasattr(mail, "outbox")
 
 
 def _forget(*, setting: str, **_: object) -> None:

@@ -22,6 +22,7 @@ from deferred_sessions.conf import (
     Settings,
     get_settings,
     is_in_use,
+    is_under_test,
     saves_every_request,
     session_serializer,
     store_identity,
@@ -44,13 +45,13 @@ from deferred_sessions.tiers import Tiers
 from deferred_sessions.write_through import WriteThrough
 from deferred_sessions.writer import RecordWriter
 
+TEST_SIZE: Final = 16 << 20  # bytes; each test database has a store of its own
 READ_ONCE: Final = (
     NAME,
     "SECRET_KEY",
     "SESSION_SERIALIZER",
     "SESSION_SAVE_EVERY_REQUEST",
     "DATABASES",
-    "ROOT_URLCONF",
 )
 _built: list[Runtime] = []  # at most one; appending is atomic, so no lock is needed
 
@@ -111,7 +112,8 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     """Wire the parts for these settings; does no I/O."""
     directory = settings.directory or default_directory(identity)
     policy = settings.policy
-    store = HostStore(directory, size=settings.store_size, identity=identity)
+    size = min(settings.store_size, TEST_SIZE) if is_under_test() else settings.store_size
+    store = HostStore(directory, size=size, identity=identity)
     codec = codec_for(serializer)
     cache: SessionCache[Snapshot] = SessionCache(settings.cache_size)
     counters = Counters(directory)

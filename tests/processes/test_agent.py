@@ -20,7 +20,7 @@ def holder(path: Path) -> int | None:
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and process.name != str(os.getpid()):
             try:
-                if any(str(path) == os.readlink(each) for each in (process / "fd").iterdir()):
+                if any(path == each.readlink() for each in (process / "fd").iterdir()):
                     return int(process.name)
             except OSError:
                 continue
