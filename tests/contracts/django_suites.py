@@ -30,8 +30,14 @@ EXCLUDED = {
     "sessions_tests/tests.py": {
         "test_empty_session_saved": "looks for the row in the table of Django's db engine",
     },
+    "auth_tests/test_middleware.py": {
+        "test_protected_view_logged_in_performance": "counts a query for the session (6.1)",
+    },
 }
-"""File of Django's tests -> test -> why it is left out. (Tests that name another engine run with that one.)"""
+"""File of Django's tests -> test -> why it is left out, where the Django that is installed has it.
+
+Tests that name another engine run with that one.
+"""
 
 SETTINGS = """
 import dj_database_url
@@ -74,10 +80,9 @@ def exclude(tests: Path) -> None:
     for name, excluded in EXCLUDED.items():
         source = (tests / name).read_text()
         for test, why in excluded.items():
-            if f"def {test}(" not in source:
-                raise LookupError(f"{name} has no {test} any more.")
-            source = source.replace(f"def {test}(", f"def excluded_{test}(")
-            sys.stdout.write(f"Excluded: {name} {test}, which {why}.\n")
+            if f"def {test}(" in source:
+                source = source.replace(f"def {test}(", f"def excluded_{test}(")
+                sys.stdout.write(f"Excluded: {name} {test}, which {why}.\n")
             sys.stdout.flush()
         (tests / name).write_text(source)
 
