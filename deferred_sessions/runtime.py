@@ -112,7 +112,9 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     """Wire the parts for these settings; does no I/O."""
     directory = settings.directory or default_directory(identity)
     policy = settings.policy
-    size = min(settings.store_size, TEST_SIZE) if is_under_test() else settings.store_size
+    size = settings.store_size
+    if settings.directory is None and is_under_test():
+        size = min(size, TEST_SIZE)
     store = HostStore(directory, size=size, identity=identity)
     codec = codec_for(serializer)
     cache: SessionCache[Snapshot] = SessionCache(settings.cache_size)
