@@ -19,7 +19,7 @@ from deferred_sessions.backend import SessionStore
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime
 from deferred_sessions.servers import sql
-from deferred_sessions.servers.server import Columns
+from deferred_sessions.servers.rows import Columns
 from deferred_sessions.writer import RecordWriter
 
 NUMBERS = (1_000, 10_000)

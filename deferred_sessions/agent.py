@@ -114,9 +114,12 @@ class Agent:
         """Be a candidate, and the agent when elected, until `stop` is called."""
         while not self._stop.is_set():
             try:
+                self._store.open()
                 with self._lock.held(wait=False) as is_elected:
                     if is_elected:
                         self._serve()
+            except DeferredSessionsError as error:
+                self._warn("candidate", time.time(), "The agent cannot start: %s", error)
             except Exception:  # noqa: BLE001 - the directory may be gone for a moment
                 self._warn("candidate", time.time(), "The agent cannot start.", exc_info=True)
             self._stop.wait(BEAT)

@@ -257,13 +257,19 @@ class SessionStore(DeferredSession):
         """Go on under another key, with what overlapping requests saved under this one."""
         self._get_session()  # type: ignore[attr-defined]
         self._catch_up()
-        super().cycle_key()
+        key, base = self._session_key, self._base
+        self.create()
+        if is_valid(key) and self._leave(key, base):
+            self.save()
 
     async def acycle_key(self) -> None:
         """Do what `cycle_key` does."""
         await self._aget_session()  # type: ignore[attr-defined]
         self._catch_up()
-        await super().acycle_key()
+        key, base = self._session_key, self._base
+        await self.acreate()
+        if is_valid(key) and await sync_to_async(self._leave)(key, base):
+            await self.asave()
 
     def delete(self, session_key: str | None = None) -> None:
         """Delete the session everywhere; it stays deleted even if PostgreSQL is away."""

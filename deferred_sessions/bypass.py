@@ -16,14 +16,19 @@ from deferred_sessions.intake import Intake
 from deferred_sessions.memory.cache import Entry
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
-from deferred_sessions.memory.tables import FULL, Dirty
+from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.payload import Snapshot
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.saving import DELETED, Rest, Saving, has_moved_on
-from deferred_sessions.servers.server import Columns, SessionServer
+from deferred_sessions.servers.rows import Columns
+from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.writer import RecordWriter
 
+NOT_NOW: Final = (
+    "Memory has no room for this session, and others would not see what is written in an open "
+    "transaction: save it after the transaction, or raise DEFERRED_SESSIONS['STORE_SIZE']."
+)
 ATTEMPTS: Final = 5  # at writing a row that others keep writing
 
 
@@ -48,7 +53,7 @@ class Bypass:
         self._policy = policy
 
     def save(self, saving: Saving, now: float) -> Entry[Snapshot] | Saving:
-        """Save straight to PostgreSQL; durable there when it returns, outside transactions.
+        """Save straight to PostgreSQL; durable there when it returns.
 
         Returns:
             The session as PostgreSQL has it; or what to merge with, because somebody
@@ -56,10 +61,13 @@ class Bypass:
 
         Raises:
             SessionDeletedError: It was deleted, here or in PostgreSQL.
-            StoreFullError: Memory has changes of it that PostgreSQL lacks, and a
-                transaction is open, whose rollback would lose them.
+            StoreFullError: A transaction of the application is open. What is written in it
+                others cannot see before it commits, nor can a lock keep them from the session
+                until then.
             ServerUnavailableError, RowRefusedError: Nothing was saved.
         """
+        if self._server.in_transaction():
+            raise StoreFullError(NOT_NOW)
         for _ in range(ATTEMPTS):
             row = self._server.read(saving.key)
             known = self._store.get(saving.key)
@@ -68,8 +76,6 @@ class Bypass:
             current = self._intake.found(row, now).record if known is None else known
             if has_moved_on(current, saving.base):
                 return saving._replace(rest=Rest.MERGE, record=current)
-            if known is not None and known.is_dirty and self._server.in_transaction():
-                raise StoreFullError(FULL)
             after = self._saved(current, saving, now)
             if after.version > current.version:
                 after = after._replace(version=max(after.version, row.version + 1))
@@ -95,18 +101,10 @@ class Bypass:
         self, saving: Saving, known: SessionRecord | None, written: SessionRecord
     ) -> Entry[Snapshot] | Saving:
         """Have memory forget what PostgreSQL has now, unless it has something newer."""
-        if self._server.in_transaction():
-            self._server.after_commit(partial(self._forget, saving.key))
-            return Entry(written.version, written.entered_at, saving.snapshot)
         left = self._store.update(saving.key, partial(_given_up, known, written))[1]
         if left is not None and has_moved_on(left, saving.base) and not left.is_tombstone:
             return saving._replace(rest=Rest.MERGE, record=left)
         return Entry(written.version, written.entered_at, saving.snapshot)
-
-    def _forget(self, key: str) -> None:
-        """Have memory read the row again: what it has may be from before the commit."""
-        self._store.count_removal()
-        self._store.update(key, lambda record: record if record and record.is_dirty else None)
 
 
 def _given_up(

@@ -30,12 +30,14 @@ def exclusive_session(view: View) -> View:
     """
 
     def run(request: Any, *args: Any, **kwargs: Any) -> Any:
+        request.session.keys()  # loads: a cookie alone is no session
         if request.session.session_key is None:
             return view(request, *args, **kwargs)
         with request.session.lock():
             return view(request, *args, **kwargs)
 
     async def arun(request: Any, *args: Any, **kwargs: Any) -> Any:
+        await request.session.akeys()
         if request.session.session_key is None:
             return await view(request, *args, **kwargs)
         async with request.session.lock():
@@ -77,13 +79,13 @@ def durable_session(view: View) -> View:
 
     def run(request: Any, *args: Any, **kwargs: Any) -> Any:
         response = view(request, *args, **kwargs)
-        if request.session.modified:
+        if request.session.modified and not request.session.is_empty():
             request.session.persist()
         return response
 
     async def arun(request: Any, *args: Any, **kwargs: Any) -> Any:
         response = await view(request, *args, **kwargs)
-        if request.session.modified:
+        if request.session.modified and not request.session.is_empty():
             await request.session.apersist()
         return response
 

@@ -103,7 +103,7 @@ class DeferredSession(SessionBase):
             snapshot, changed = base.snapshot.changed_to(session)
             is_urgent = not runtime.urgent_keys.isdisjoint(changed)
         elif is_valid(key):
-            snapshot, is_urgent = runtime.codec.encode(session), True
+            snapshot, is_urgent, changed = runtime.codec.encode(session), True, session
         else:
             raise UpdateError("There is no such session.")
         user_id = session.get(USER_KEY)
@@ -114,7 +114,7 @@ class DeferredSession(SessionBase):
             self._expires_at(session, now),
             now,
             is_urgent=is_urgent,
-            base=base if merging else None,
+            base=base if merging or not changed else None,
         )
 
     def _merge_and_remember(
@@ -131,6 +131,20 @@ class DeferredSession(SessionBase):
         record = None if key is None else runtime.tiers.live_record(key, time.time())
         if record is not None and runtime.overlap.is_merging:
             self._take_over(record)
+
+    def _leave(self, key: str, base: Entry[Snapshot] | None) -> bool:
+        """Delete the session under its old `key`; return whether that brought news.
+
+        Somebody may have saved it there while the new one was created.
+        """
+        runtime = get_runtime()
+        left = runtime.tiers.delete(key, time.time())
+        if left is None or left.is_tombstone or base is None or not runtime.overlap.is_merging:
+            return False
+        if not has_moved_on(left, base):
+            return False
+        runtime.overlap.merge_into(self._session_cache, base.snapshot, left)
+        return True
 
     # Locks
 

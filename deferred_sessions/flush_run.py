@@ -30,7 +30,8 @@ from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.outcome import Outcome
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.report import FlushReport
-from deferred_sessions.servers.server import Columns, SessionServer
+from deferred_sessions.servers.rows import Columns
+from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.stream import StatementStream
 from deferred_sessions.writer import RecordWriter, by_kind
 

@@ -15,7 +15,8 @@ from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exceptions import RecordCorruptError, StoreFullError
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.record import SessionRecord
-from deferred_sessions.servers.server import Row, SessionServer
+from deferred_sessions.servers.rows import Row
+from deferred_sessions.servers.server import SessionServer
 
 security_logger = logging.getLogger("django.security.SuspiciousSession")  # as Django does
 

@@ -15,11 +15,18 @@ from __future__ import annotations
 from typing import Final
 
 from deferred_sessions.policy import NEVER, Policy
-from deferred_sessions.record import CHANGED, TOMBSTONE, TOUCHED, SessionRecord
+from deferred_sessions.record import CHANGED, TOMBSTONE, TOUCHED, Head, SessionRecord
 
 TOMBSTONE_LIFETIME: Final = 300.0
 """Seconds a deletion is remembered after PostgreSQL has it: longer than a request
 that read the row before may take to come back with it."""
+
+REMEMBERED: Final = 86_400.0
+"""Seconds that PostgreSQL keeps on record what others deleted, for nodes that are away."""
+
+DELETE_AGAIN: Final = 60.0
+"""Seconds after which the deletion of a row that may have been on its way is repeated;
+no flusher waits longer for PostgreSQL."""
 
 USE_GRAIN: Final = 60.0
 """Seconds; a use refreshes `used_at` only when that is older than this, because each
@@ -166,8 +173,8 @@ def written(
     What changed while the write was under way stays dirty, and is due one interval
     after this write.
     """
-    if record.is_tombstone:
-        return record
+    if record.is_tombstone:  # deleted while the write was under way: delete what it wrote
+        return record._replace(flags=record.flags | CHANGED, changed_at=now, due_at=now)
     changed = record.version > version
     after = record._replace(
         flags=(CHANGED if changed else 0) | (TOUCHED if record.expires_at > expires_at else 0),
@@ -210,7 +217,13 @@ def deleted(record: SessionRecord | None, key: str, *, now: float, policy: Polic
 
 
 def buried(record: SessionRecord, *, now: float) -> SessionRecord:
-    """Return a tombstone whose deletion PostgreSQL has confirmed: clean, soon forgotten."""
+    """Return a tombstone whose deletion PostgreSQL has confirmed: clean, soon forgotten.
+
+    If PostgreSQL never had the row, as far as is known, its INSERT may be under way: then
+    the deletion is repeated after a while.
+    """
+    if not record.stored_version:
+        return record._replace(stored_version=record.version, due_at=now + DELETE_AGAIN)
     return record._replace(
         flags=TOMBSTONE,
         written_at=now,
@@ -226,6 +239,16 @@ def forgotten(record: SessionRecord, *, now: float) -> SessionRecord:
     return record._replace(
         flags=record.flags | CHANGED, changed_at=record.changed_at or now, due_at=now
     )
+
+
+def is_remembered(record: SessionRecord | Head, *, now: float) -> bool:
+    """Tell whether PostgreSQL would still know of it if somebody had deleted the row."""
+    return max(record.written_at, record.entered_at) > now - REMEMBERED / 2
+
+
+def unstored(record: SessionRecord, *, now: float) -> SessionRecord:
+    """Return `record` to be inserted at once: PostgreSQL lost the whole row."""
+    return forgotten(record._replace(stored_version=0, stored_expires_at=0.0), now=now)
 
 
 def due_again(record: SessionRecord, *, due_at: float) -> SessionRecord:

@@ -14,22 +14,33 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from deferred_sessions import lifecycle
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import SessionRecord
-from deferred_sessions.servers.server import SessionServer, State
+from deferred_sessions.servers.rows import Revocation
+from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.signals import session_revoked
 
 logger = logging.getLogger(__name__)
 
 NOTE: Final = "revocations"  # the name under which a node keeps how far it has read
-LIFETIME: Final = 86_400.0  # seconds that PostgreSQL keeps them for nodes that are away
+PART: Final = 1000  # sessions to ask for at once
+
+
+class Position(NamedTuple):
+    """How far a node has read."""
+
+    server: str
+    """The server process that was read from."""
+    horizon: int
+    """From which transaction on to read the next time."""
+    read_at: float
 
 
 class Revocations:
@@ -50,44 +61,83 @@ class Revocations:
         Raises:
             ServerUnavailableError: Nothing was missed; the next reading has it all.
         """
-        position, read_at = self._position()
-        found, horizon = self._server.revocations(position)
-        if now - read_at > LIFETIME / 2:
-            # New, or away for so long that some may be gone: read everything anew.
+        if self._server.in_transaction():  # what is seen in it may yet be rolled back
+            return 0
+        known = self._position()
+        found = self._server.revocations(known.horizon)
+        if (
+            known.server != found.server
+            or known.horizon > found.horizon
+            or now - known.read_at > lifecycle.REMEMBERED / 2
+        ):
             self._seen.clear()
-            concerned = self._forget_clean()
+            concerned = self._verify(now)
         else:
-            new = [row for row in found if row.number not in self._seen]
-            theirs = [row.key for row in new if row.node != self._server.owner()]
-            concerned = self._act_on(theirs, now)
-        self._seen = {row.number for row in found if row.transaction >= horizon}
-        if concerned or position != horizon:
-            self._store.set_note(NOTE, json.dumps([horizon, now]).encode())
+            new = [row for row in found.rows if row.number not in self._seen]
+            theirs = [row for row in new if row.node != self._server.owner()]
+            concerned = self._act_on(theirs, now) if theirs else 0
+        self._seen = {row.number for row in found.rows if row.transaction >= found.horizon}
+        position = Position(found.server, found.horizon, now)
+        if concerned or known[:2] != position[:2]:
+            self._store.set_note(NOTE, json.dumps(position).encode())
         return concerned
 
     def prune(self, now: float) -> None:
         """Remove from PostgreSQL what every node has had time to read."""
-        self._server.prune_revocations(now - LIFETIME)
+        self._server.prune_revocations(now - lifecycle.REMEMBERED)
 
-    def _position(self) -> tuple[int, float]:
-        """Return from which transaction on to read, and when that was noted."""
+    def _position(self) -> Position:
         note = self._store.note(NOTE)
-        if note is None:
-            return 0, 0.0
-        horizon, read_at = json.loads(note)
-        return horizon, read_at
+        return Position("", 0, 0.0) if note is None else Position(*json.loads(note))
 
-    def _act_on(self, keys: Sequence[str | None], now: float) -> int:
-        """Bring memory up to date with the rows of `keys`; None stands for all of them."""
-        if None in keys:
-            known = [record.key for record in self._store.scan()]
-        else:
-            known = [key for key in dict.fromkeys(keys) if key and self._store.head(key)]
+    def _verify(self, now: float) -> int:
+        """Compare all of memory with the rows; return how many sessions that concerned.
+
+        After a failover, rows may be older than what had been confirmed, or missing;
+        memory may then be the only place that has the session, and writes it again.
+        """
+        self._store.count_removal()
+        stored = {r.key: r.stored_version for r in self._store.scan() if r.stored_version}
         concerned: list[str] = []
-        for start in range(0, len(known), 1000):
-            part = known[start : start + 1000]
-            states = self._server.states(part)
-            concerned += [key for key in part if self._catch_up(key, states.get(key), now)]
+        for part in _parts(list(stored)):
+            versions = self._server.versions(part)
+            differing = [key for key in part if versions.get(key) != stored[key]]
+            gone = [key for key in differing if key not in versions]
+            revoked = self._server.revoked(gone) if gone else set()
+            concerned += [
+                key
+                for key in differing
+                if self._catch_up(key, versions.get(key), now, is_revoked=key in revoked)
+            ]
+        if concerned:
+            logger.warning(
+                "PostgreSQL was exchanged or started anew: of the %d sessions in memory, %d are "
+                "not as it had confirmed them. What it lacks is written again.",
+                len(stored),
+                len(concerned),
+                extra={"action": "sessions_verified", "count": len(concerned)},
+            )
+        return len(concerned)
+
+    def _act_on(self, revoked: Sequence[Revocation], now: float) -> int:
+        """Bring memory up to date with the rows that were deleted or changed."""
+        self._store.count_removal()  # a load under way must not keep what it has read
+        named = {row.key for row in revoked if row.key}
+        truncated_at = max((row.made_at for row in revoked if not row.key), default=None)
+        if truncated_at is not None:
+            known = [
+                record.key
+                for record in self._store.scan()
+                if record.stored_version or record.created_at < truncated_at or record.key in named
+            ]
+        else:
+            known = [key for key in named if self._store.head(key)]
+        concerned: list[str] = []
+        for part in _parts(known):
+            versions = self._server.versions(part)
+            concerned += [
+                key for key in part if self._catch_up(key, versions.get(key), now, is_revoked=True)
+            ]
         if concerned:
             self._counters.add(Counter.REVOKED, len(concerned))
             logger.info(
@@ -98,35 +148,47 @@ class Revocations:
             session_revoked.send_robust(sender=Revocations, session_keys=concerned)
         return len(concerned)
 
-    def _catch_up(self, key: str, state: State | None, now: float) -> bool:
+    def _catch_up(self, key: str, version: int | None, now: float, *, is_revoked: bool) -> bool:
         """Make of the record of `key` what its row says; return whether that changed it."""
-        if state is None:
+        if version is not None:
+            before, after = self._store.update(key, partial(_compared, version, now))
+        elif is_revoked:
             before, after = self._store.bury(key, partial(_ended, key, self._policy, now))
         else:
-            before, after = self._store.update(key, partial(_overtaken, state.version))
+            before, after = self._store.bury(key, partial(_missed, key, self._policy, now))
         return before is not after
 
-    def _forget_clean(self) -> int:
-        keys = [record.key for record in self._store.scan() if not record.is_dirty]
-        self._store.update_many(dict.fromkeys(keys, _forgotten))
-        return len(keys)
+
+def _parts(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (keys[start : start + PART] for start in range(0, len(keys), PART))
 
 
 def _ended(
     key: str, policy: Policy, now: float, record: SessionRecord | None
 ) -> SessionRecord | None:
-    """Return the tombstone of a session whose row is gone, if it ever had one."""
-    if record is None or record.is_tombstone or not record.stored_version:
+    """Return the tombstone of a session whose row is gone."""
+    if record is None or record.is_tombstone:
         return record
     return lifecycle.buried(lifecycle.deleted(record, key, now=now, policy=policy), now=now)
 
 
-def _overtaken(version: int, record: SessionRecord | None) -> SessionRecord | None:
-    """Forget a session whose row is newer; what is dirty the flusher will look into."""
-    if record is None or record.is_dirty or record.is_tombstone or record.version >= version:
+def _missed(
+    key: str, policy: Policy, now: float, record: SessionRecord | None
+) -> SessionRecord | None:
+    """Return what becomes of a session whose row is gone, though nobody deleted it."""
+    if record is None or record.is_tombstone or not record.stored_version:
         return record
-    return None
+    if lifecycle.is_remembered(record, now=now):
+        return lifecycle.unstored(record, now=now)
+    return _ended(key, policy, now, record)
 
 
-def _forgotten(record: SessionRecord | None) -> SessionRecord | None:
-    return record if record is not None and record.is_dirty else None
+def _compared(version: int, now: float, record: SessionRecord | None) -> SessionRecord | None:
+    """Forget a session whose row is newer; what is dirty the flusher looks into at once."""
+    if record is None or record.is_tombstone:
+        return record
+    if version < record.stored_version:
+        return lifecycle.forgotten(record, now=now)
+    if record.version >= version:
+        return record
+    return lifecycle.due_again(record, due_at=now) if record.is_dirty else None

@@ -68,6 +68,7 @@ class Runtime:
     claims: Claims
     busy: Busy
     store: HostStore
+    server: SessionServer
     codec: Codec
     overlap: Overlap
     cache: SessionCache[Snapshot]
@@ -150,6 +151,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             timeout=settings.lock_timeout,
         ),
         store=store,
+        server=server,
         codec=codec,
         overlap=Overlap(
             codec=codec, counters=counters, is_merging=settings.locking != "last-write-wins"

@@ -17,7 +17,7 @@ from deferred_sessions.saving import Rest
 
 
 class SessionLock:
-    """Holds a session, or portions of it, for a block; for one block at a time."""
+    """Holds a session, or portions of it, for a block, which may enter it again."""
 
     def __init__(
         self, session: DeferredSession, claims: Claims, names: frozenset[str], timeout: float
@@ -26,12 +26,12 @@ class SessionLock:
         self._claims = claims
         self._names = names
         self._timeout = timeout
-        self._claim: Claim | None = None
+        self._held: list[Claim | None] = []  # one for each entry; None if nothing was missing
 
     def __enter__(self) -> None:
         key = self._session.key_to_lock()
         timeout = 0.0 if is_on_event_loop() else self._timeout
-        self._claim = self._claims.hold(key, self._names, owner(), timeout)
+        self._held.append(self._claims.hold(key, self._names, owner(), timeout))
         try:
             self._session.renew()
         except BaseException:
@@ -46,7 +46,7 @@ class SessionLock:
     ) -> None:
         session, saving = self._session, None
         try:
-            if kind is None:
+            if kind is None and session.session_key is not None:  # else flushed: logged out
                 saving = session.save_in_memory(merging=True)
             if saving is not None and saving.rest is not Rest.WRITE:  # not saved at all yet
                 session.finish(saving)
@@ -58,7 +58,7 @@ class SessionLock:
 
     async def __aenter__(self) -> None:
         key = await self._session.akey_to_lock()
-        self._claim = await self._claims.ahold(key, self._names, owner(), self._timeout)
+        self._held.append(await self._claims.ahold(key, self._names, owner(), self._timeout))
         try:
             await self._session.arenew()
         except BaseException:
@@ -73,7 +73,7 @@ class SessionLock:
     ) -> None:
         session, saving = self._session, None
         try:
-            if kind is None:
+            if kind is None and session.session_key is not None:
                 saving = session.save_in_memory(merging=True)
             if saving is not None and saving.rest is not Rest.WRITE:
                 await session.afinish(saving)
@@ -84,6 +84,6 @@ class SessionLock:
             await session.afinish(saving)
 
     def _release(self) -> None:
-        claim, self._claim = self._claim, None
+        claim = self._held.pop()
         if claim is not None:
             self._claims.release(claim)

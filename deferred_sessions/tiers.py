@@ -281,8 +281,10 @@ class Tiers:
             return None
         return Entry(record.version, record.entered_at, snapshot)
 
-    def delete(self, key: str, now: float) -> None:
+    def delete(self, key: str, now: float) -> SessionRecord | None:
         """Delete the session in memory and in PostgreSQL, whether it exists or not.
+
+        Returns what memory had of it until then.
 
         Memory forgets it first and remembers the deletion, so that no load or save
         that is under way brings it back; if PostgreSQL is away, or the application's
@@ -294,16 +296,16 @@ class Tiers:
         burial = partial(lifecycle.deleted, key=key, now=now, policy=self._policy)
         self._counters.add(Counter.DELETIONS)
         self._cache.drop(key)
-        tombstone = self._store.bury(key, lambda known: known and burial(known))[1]
+        before, tombstone = self._store.bury(key, lambda known: known and burial(known))
         if tombstone is None and self._write_through.delete_unknown(key, now):
             # What a load that was faster has put into memory meanwhile goes, too.
-            self._store.bury(key, lambda known: known and burial(known))
-            return
+            return self._store.bury(key, lambda known: known and burial(known))[0]
         if tombstone is None:
             due_now = partial(lifecycle.due_again, due_at=now)
-            self._store.bury(key, lambda known: due_now(burial(known)))
-        elif tombstone.is_dirty:
+            return self._store.bury(key, lambda known: due_now(burial(known)))[0]
+        if tombstone.is_dirty:
             self._write_through.write(tombstone, now)
+        return before
 
     # Inside
 

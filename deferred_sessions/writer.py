@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
+from deferred_sessions import lifecycle
 from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exceptions import RecordCorruptError
 from deferred_sessions.memory.counters import Counter, Counters
@@ -20,7 +21,8 @@ from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.outcome import Outcome
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import CHANGED, TOMBSTONE, SessionRecord, split_rests
-from deferred_sessions.servers.server import Columns, SessionServer, State
+from deferred_sessions.servers.rows import Columns, State
+from deferred_sessions.servers.server import SessionServer
 
 logger = logging.getLogger(__name__)
 
@@ -115,17 +117,19 @@ class RecordWriter:
             else:
                 doubtful += touched
         if doubtful:
-            self._look_into(doubtful, outcome)
+            self._look_into(doubtful, outcome, now)
         return outcome
 
-    def _look_into(self, doubtful: Sequence[Dirty], outcome: Outcome) -> None:
+    def _look_into(self, doubtful: Sequence[Dirty], outcome: Outcome, now: float) -> None:
         """Find out which of these PostgreSQL did not take, and why."""
         states = self._server.states([dirty.key for dirty in doubtful])
+        gone = [dirty for dirty in doubtful if dirty.key not in states]
+        if gone:
+            self._look_for(gone, outcome, now)
         for dirty in doubtful:
-            state = states.get(dirty.key)
-            if state is None:
-                outcome.vanished.append(dirty)
-            elif self._is_ours(dirty, state):
+            if (state := states.get(dirty.key)) is None:
+                continue
+            if self._is_ours(dirty, state):
                 # Taken just now; or an earlier attempt got through; or another flusher
                 # of this node was faster, perhaps with a later version.
                 outcome.repeated.append((dirty, state.version, _stored_expiry(dirty, state)))
@@ -133,6 +137,26 @@ class RecordWriter:
                 outcome.outdated.append(dirty)
             else:
                 outcome.superseded.append(dirty)
+
+    def _look_for(self, gone: Sequence[Dirty], outcome: Outcome, now: float) -> None:
+        """Tell what somebody deleted from what PostgreSQL forgot; insert the latter anew."""
+        revoked = self._server.revoked([dirty.key for dirty in gone])
+        forgotten: list[Dirty] = []
+        for dirty in gone:
+            is_lost = dirty.key not in revoked and lifecycle.is_remembered(dirty.head, now=now)
+            (forgotten if is_lost else outcome.vanished).append(dirty)
+        if not forgotten:
+            return
+        logger.warning(
+            "PostgreSQL has lost %d sessions that it had confirmed; they are written anew.",
+            len(forgotten),
+            extra={"action": "sessions_forgotten", "count": len(forgotten)},
+        )
+        self._counters.add(Counter.STATEMENTS)
+        if self._server.insert(self.columns(forgotten), now) == len(forgotten):
+            outcome.inserted = [*outcome.inserted, *forgotten]
+        else:
+            outcome.outdated += forgotten  # somebody was faster; look again the next time
 
     def _is_ours(self, dirty: Dirty, state: State) -> bool:
         """Tell whether this node wrote the row, at this version or a later one."""

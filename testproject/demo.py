@@ -21,6 +21,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 
+from deferred_sessions.record import FORMAT
 from testproject.embedded import postgres
 
 HOST = "127.0.0.1"
@@ -91,6 +92,8 @@ def _environment(stack: ExitStack, place: Path) -> dict[str, str]:
         environment["BROKER_DIRECTORY"] = str(place / "broker")
         for folder in ("messages", "control"):
             (place / "broker" / folder).mkdir(parents=True, exist_ok=True)
+    # An older version's demonstration may have left a store in the usual place.
+    environment.setdefault("SESSION_DIRECTORY", str(place / f"sessions-{FORMAT}"))
     environment.setdefault("FLUSH_TICK", TICK)
     environment.setdefault("DEFERRED_SESSIONS", '{"FLUSH_INTERVAL": 30.0}')
     return environment

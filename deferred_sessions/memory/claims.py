@@ -158,7 +158,10 @@ class Claims:
     def _line_up(
         self, key: str, names: frozenset[str], owner: Hashable, wake: Callable[[], object]
     ) -> Claim | None:
-        """Return a new claim at the end of the line; None if `owner` has it all already."""
+        """Return a new claim in the line; None if `owner` has it all already.
+
+        At its end, unless `owner` holds something: who waits for that must not be waited for.
+        """
         forks.watch(self)
         with self._mutex:
             line = self._lines.setdefault(key, [])
@@ -172,7 +175,7 @@ class Claims:
             if mine and (not missing or not all(claim.names for claim in mine)):
                 return None
             claim = Claim(key, missing, owner, wake)
-            line.append(claim)
+            line.insert(_first_waiting(line) if mine else len(line), claim)
             _give_turns(line)
         return claim
 
@@ -237,6 +240,10 @@ def _give_turns(line: list[Claim]) -> None:
         if not claim.has_turn and not any(map(claim.excludes, line[:place])):
             claim.has_turn = True
             claim.wake()
+
+
+def _first_waiting(line: list[Claim]) -> int:
+    return next((place for place, claim in enumerate(line) if not claim.has_turn), len(line))
 
 
 def _byte(name: str) -> int:

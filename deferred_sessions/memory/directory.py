@@ -94,8 +94,14 @@ def _check_private(path: Path, is_kind: Callable[[int], bool], kind: str) -> Non
     if info.st_mode & 0o077:
         raise UnsafeDirectoryError(
             f"{path} can be reached by other users (mode {stat.S_IMODE(info.st_mode):04o}). "
-            f"It holds sessions: chmod go-rwx {path}"
+            f"Sessions need a place of their own: name a directory that does not exist yet in "
+            f"DEFERRED_SESSIONS['DIRECTORY'], such as {_place_beside(path)}; or, if nothing "
+            f"else is in it, chmod go-rwx {path}"
         )
+
+
+def _place_beside(path: Path) -> Path:
+    return path / "sessions" if path.is_dir() else path.parent
 
 
 @contextmanager

@@ -37,6 +37,8 @@ CROWDED_WATER: Final = 0.75  # and above which it matters that most of them are 
 FULL_WATER: Final = 0.92  # and above which nothing may grow: to remove takes pages, too
 LOOK_SHARE: Final = 1 / 1024  # of the map: how much a process writes between two looks
 PAUSES: Final = (0.0, 0.001, 0.004, 0.016, 0.064)  # seconds between tries for room
+PAGES_BESIDE: Final = 4  # of the indexes, written along with a record's own
+SHARES: Final = 4  # of the room that is left; a transaction takes one
 BATCH: Final = 256  # records per transaction, so that other writers wait < 1 ms
 
 
@@ -152,7 +154,9 @@ class HostStore:
 
         For what makes records smaller or cleaner: there is always room for that.
         """
-        _in_parts(list(transitions.items()), lambda part: self._write(tables.update_many, part))
+        self._in_parts(
+            list(transitions.items()), lambda part: self._write(tables.update_many, part)
+        )
 
     def clean_many(self, written: Sequence[Dirty], now: float) -> list[str]:
         """Mark records as written at `now`, all that PostgreSQL lacked of them.
@@ -162,7 +166,7 @@ class HostStore:
             left as they are.
         """
         others: list[str] = []
-        _in_parts(
+        self._in_parts(
             written,
             lambda part: others.extend(self._write(tables.clean_many, part, now)),
         )
@@ -303,6 +307,21 @@ class HostStore:
             except lmdb.Error as error:
                 self._cure(dbs, error)
 
+    def _in_parts(self, items: Sequence[T], work: Callable[[Sequence[T]], object]) -> None:
+        """Do `work` on parts of `items`; on smaller ones where the room for them is short.
+
+        LMDB writes changed pages to new places, and uses the old ones again only after one
+        more transaction: so none may take more than a part of the pages that are left.
+        """
+        start = 0
+        while start < len(items):
+            status = self.status()
+            left = (status.size - status.used) // PAGE
+            each = PAGES_BESIDE + status.used // PAGE // max(1, status.records)
+            count = max(1, min(BATCH, left // (SHARES * each)))
+            work(items[start : start + count])
+            start += count
+
     def _cure(self, dbs: Databases, error: lmdb.Error) -> None:
         """Return if trying again may help: closed for a fork, or readers were killed."""
         # The traceback knows the transaction, and as long as anybody does, whoever
@@ -355,20 +374,6 @@ class HostStore:
                 self.on_evicted(evicted)
                 return evicted > 0 or gained
         return gained
-
-
-def _in_parts(items: Sequence[T], work: Callable[[Sequence[T]], object]) -> None:
-    """Do `work` on parts of `items`; on smaller ones where the room for them is short."""
-    for start in range(0, len(items), BATCH):
-        part = items[start : start + BATCH]
-        try:
-            work(part)
-        except StoreFullError:
-            if len(part) == 1:
-                raise
-            middle = len(part) // 2
-            _in_parts(part[:middle], work)
-            _in_parts(part[middle:], work)
 
 
 def _transact(dbs: Databases, write: bool, work: Work[*Ts, T], *args: *Ts) -> T:

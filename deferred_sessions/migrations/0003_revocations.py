@@ -24,7 +24,8 @@ DROP_TABLE = "DROP TABLE deferred_sessions_revocation"
 
 # Our own statements say who deletes, in a setting that the first trigger takes away again;
 # '-' is the deletion of what has expired, which nobody needs to hear of. A row is changed by
-# others if no node's name comes with it (the model), or if neither version nor time moves.
+# others if no node's name comes with it (the model), or if neither version nor time moves. Its
+# version makes a big step, past whatever nodes have in memory and have not flushed.
 REVOKE = """
     CREATE FUNCTION deferred_sessions_deleted() RETURNS trigger LANGUAGE plpgsql
         SET search_path FROM CURRENT AS $$
@@ -54,8 +55,10 @@ REVOKE = """
     CREATE FUNCTION deferred_sessions_changed() RETURNS trigger LANGUAGE plpgsql
         SET search_path FROM CURRENT AS $$
     BEGIN
-        NEW.version := OLD.version + 1;
-        INSERT INTO deferred_sessions_revocation (session_key) VALUES (NEW.session_key);
+        NEW.version := OLD.version + 4294967296;
+        NEW.owner := NULL;
+        INSERT INTO deferred_sessions_revocation (session_key)
+             SELECT DISTINCT unnest(ARRAY[OLD.session_key, NEW.session_key]);
         PERFORM pg_notify('deferred_sessions', '');
         RETURN NEW;
     END $$;
@@ -71,8 +74,8 @@ REVOKE = """
         FOR EACH ROW
         WHEN ((NEW.owner IS NULL
                OR (NEW.version = OLD.version AND NEW.written_at = OLD.written_at))
-              AND (NEW.session_data, NEW.expire_date)
-                  IS DISTINCT FROM (OLD.session_data, OLD.expire_date))
+              AND (NEW.session_key, NEW.session_data, NEW.expire_date)
+                  IS DISTINCT FROM (OLD.session_key, OLD.session_data, OLD.expire_date))
         EXECUTE FUNCTION deferred_sessions_changed()
 """
 DROP_REVOKE = """

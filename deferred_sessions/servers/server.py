@@ -12,81 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Final, LiteralString, NamedTuple
+from typing import Any, Final, LiteralString
 
 import psycopg
 from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import TransactionStatus
 
-from deferred_sessions.exceptions import ServerUnavailableError
+from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailableError
 from deferred_sessions.servers import sql
+from deferred_sessions.servers.breaker import Breaker
 from deferred_sessions.servers.errors import translated
+from deferred_sessions.servers.rows import Columns, Revocation, Revocations, Row, State
 from deferred_sessions.servers.stream import StatementStream
 
 LOCK_TIMEOUT: Final = "1s"  # for rows that an application transaction holds
 CLEAR_BATCH: Final = 5000  # rows; locks are held for well under a second
-
-
-class Row(NamedTuple):
-    """A session as PostgreSQL keeps it. Times are Unix seconds."""
-
-    key: str
-    data: str
-    """What Django's `SessionStore.encode` makes: signed text."""
-    expires_at: float
-    version: int
-    fence: int
-    user_id: str
-    created_at: float
-    written_at: float
-    is_settled: bool
-    """Any other transaction that begins now would read the same."""
-
-    def __repr__(self) -> str:
-        return f"<Row of version {self.version}>"  # no key and no data: they are secrets
-
-
-class Columns(NamedTuple):
-    """Sessions to be written, column by column, sorted by key against deadlocks."""
-
-    key: list[str]
-    data: list[str]
-    expires_at: list[float]
-    version: list[int]
-    fence: list[int]
-    user_id: list[str]
-    created_at: list[float]
-
-    def __repr__(self) -> str:
-        return f"<Columns of {len(self.key)} sessions>"
-
-
-class State(NamedTuple):
-    """What PostgreSQL holds of a session that it did not take."""
-
-    version: int
-    fence: int
-    owner: str
-    expires_at: float
-    data: str
-
-    def __repr__(self) -> str:
-        return f"<State of version {self.version}>"
-
-
-class Revocation(NamedTuple):
-    """Something that was done to a row other than by a flush."""
-
-    number: int
-    transaction: int
-    key: str | None
-    """None stands for all sessions."""
-    node: str
-    """Who did it, if it was one of us."""
-
-    def __repr__(self) -> str:
-        return f"<Revocation {self.number}>"
 
 
 class SessionServer:
@@ -96,6 +37,8 @@ class SessionServer:
         self.alias = alias
         self.owner = owner
         """Returns the node that writes; stands in each row it wrote."""
+        self.breaker = Breaker()
+        """Refuses to connect for a request just after connecting has failed."""
 
     def in_transaction(self) -> bool:
         """Tell whether what is written now waits for somebody else's commit.
@@ -118,8 +61,7 @@ class SessionServer:
         PostgreSQL refuses everything after an error, and turns the application's COMMIT
         into a rollback; a savepoint keeps that away from it.
         """
-        with translated():
-            self._connection().ensure_connection()
+        self._connect(self._connection())
         if not self.in_transaction():
             yield
             return
@@ -131,15 +73,6 @@ class SessionServer:
                 self._run(sql.ROLLBACK_TO_SAVEPOINT, [])
             raise
         self._run(sql.RELEASE_SAVEPOINT, [])
-
-    def after_commit(self, action: Callable[[], object]) -> None:
-        """Call `action` when the atomic block that is open has ended with a commit.
-
-        Never take that for proof: Django calls it as well when PostgreSQL has turned the
-        commit into a rollback, because the application swallowed an error.
-        """
-        if connections[self.alias].in_atomic_block:
-            transaction.on_commit(action, using=self.alias, robust=True)
 
     def disconnect(self) -> None:
         """Close this thread's connection, on which a statement may be under way."""
@@ -215,8 +148,7 @@ class SessionServer:
         connection = self._connection()
         if connection.in_atomic_block:
             return None
-        with translated():
-            connection.ensure_connection()
+        self._connect(connection, insist=True)
         if self.in_transaction():
             raise ServerUnavailableError(
                 f"The connection {self.alias!r} is in a transaction that nobody commits. Leave "
@@ -233,6 +165,10 @@ class SessionServer:
         rows = self._run(sql.STATES, [sorted(keys)])
         return {key: State(*state) for key, *state in rows}
 
+    def versions(self, keys: Iterable[str]) -> dict[str, int]:
+        """Return the version in each row of `keys`; leaves out those without a row."""
+        return dict(self._run(sql.VERSIONS, [sorted(keys)]))
+
     def unlocked(self, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` whose row exists and is held by no transaction."""
         return {key for (key,) in self._run(sql.UNLOCKED, [sorted(keys)])}
@@ -246,7 +182,9 @@ class SessionServer:
             RowRefusedError: The server refused some row; nothing was written.
             RowLockedError: Somebody holds some row; nothing was written.
         """
-        outermost = not self._connection().in_atomic_block
+        connection = self._connection()
+        outermost = not connection.in_atomic_block
+        self._connect(connection, insist=True)
         with translated(), transaction.atomic(using=self.alias):
             if outermost:
                 self._run(sql.LOCK_TIMEOUT, [LOCK_TIMEOUT])
@@ -272,16 +210,20 @@ class SessionServer:
             if deleted < CLEAR_BATCH:
                 return total
 
-    def revocations(self, since: int) -> tuple[list[Revocation], int]:
-        """Return what was revoked by transaction `since` and later, as far as committed.
-
-        And the oldest transaction that is still open: read on from there the next time.
+    def revocations(self, since: int) -> Revocations:
+        """Return what was revoked by transaction `since` and later.
 
         Raises:
             ServerUnavailableError: Nothing was read.
         """
+        self._connect(self._connection(), insist=True)
         rows = self._run(sql.REVOCATIONS, [since])
-        return [Revocation(*row[:4]) for row in rows if row[0] is not None], rows[0][4]
+        revoked = [Revocation(*row[:5]) for row in rows if row[0] is not None]
+        return Revocations(revoked, *rows[0][5:])
+
+    def revoked(self, keys: Iterable[str]) -> set[str]:
+        """Return those of `keys` that somebody deleted or changed in the last day."""
+        return {key for (key,) in self._run(sql.REVOKED, [sorted(keys)])}
 
     def prune_revocations(self, before: float) -> None:
         """Remove revocations that were made before this time."""
@@ -298,10 +240,13 @@ class SessionServer:
         if len(parameters[-1]) == 1:
             return self._execute(statement, parameters)[1]
         connection = self._connection()
-        with translated():
-            connection.ensure_connection()
-            with connection.wrap_database_errors, psycopg.Cursor(connection.connection) as cursor:
-                return cursor.execute(statement, parameters).rowcount
+        self._connect(connection)
+        with (
+            translated(),
+            connection.wrap_database_errors,
+            psycopg.Cursor(connection.connection) as cursor,
+        ):
+            return cursor.execute(statement, parameters).rowcount
 
     def _connection(self) -> BaseDatabaseWrapper:
         """Return Django's connection, without one that is known to be broken."""
@@ -310,6 +255,27 @@ class SessionServer:
         if raw is not None and raw.closed and not connection.in_atomic_block:
             connection.close()
         return connection
+
+    def _connect(self, connection: BaseDatabaseWrapper, *, insist: bool = False) -> None:
+        """Connect, unless connected; who does not `insist` is kept from trying in vain.
+
+        Raises:
+            ServerUnavailableError: The server is away, or was a moment ago.
+        """
+        if connection.connection is not None:
+            return
+        pause = 0.0 if insist else self.breaker.pause()
+        if pause:
+            raise ServerUnavailableError(
+                f"PostgreSQL was away a moment ago; it is tried again in {pause:.1f} s."
+            )
+        try:
+            with translated():
+                connection.ensure_connection()
+        except DeferredSessionsError:
+            self.breaker.failed()
+            raise
+        self.breaker.succeeded()
 
     def _run(self, statement: LiteralString, parameters: list[Any]) -> list[tuple[Any, ...]]:
         return self._execute(statement, parameters)[0]
@@ -335,6 +301,8 @@ class SessionServer:
     def _execute_once(
         self, statement: LiteralString, parameters: list[Any]
     ) -> tuple[list[tuple[Any, ...]], int]:
-        with translated(), connections[self.alias].cursor() as cursor:
+        connection = connections[self.alias]
+        self._connect(connection)
+        with translated(), connection.cursor() as cursor:
             cursor.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else [], cursor.rowcount

@@ -18,13 +18,14 @@ READ: Final[LiteralString] = """
     SELECT session_data, extract(epoch FROM expire_date)::float8, version, fence,
            user_id, extract(epoch FROM created_at)::float8,
            extract(epoch FROM written_at)::float8,
-           pg_current_xact_id_if_assigned() IS NULL
+           (pg_current_xact_id_if_assigned() IS NULL
+            OR age(xmin) > age(pg_current_xact_id_if_assigned()::xid))
            AND current_setting('transaction_isolation') = 'read committed'
       FROM deferred_sessions_session
      WHERE session_key = %b
 """
 """One session, expired or not: the caller knows what time it is. The last column tells
-that the transaction has written nothing and sees what is committed now."""
+that the row is older than what the transaction has written, and the latest."""
 
 EXISTS: Final[LiteralString] = """
     SELECT 1
@@ -115,13 +116,30 @@ CLEAR_EXPIRED: Final[LiteralString] = """
 Nobody needs to hear of it."""
 
 REVOCATIONS: Final[LiteralString] = """
-    SELECT id, xid::text::int8, session_key, node,
-           pg_snapshot_xmin(pg_current_snapshot())::text::int8
+    SELECT id, xid::text::int8, session_key, node, extract(epoch FROM made_at)::float8,
+           pg_snapshot_xmin(pg_current_snapshot())::text::int8, pg_postmaster_start_time()::text
       FROM (SELECT 1) AS one
       LEFT JOIN deferred_sessions_revocation ON xid >= (%b::int8)::text::xid8
      ORDER BY id
 """
-"""What others did since a transaction, and the oldest one that is still open."""
+"""What others did since a transaction, the oldest one that is still open, and which server
+process says so: another one may lack what this one had (failover, recovery)."""
+
+REVOKED: Final[LiteralString] = """
+    SELECT key
+      FROM unnest(%b::text[]) AS key
+     WHERE EXISTS (SELECT 1
+                     FROM deferred_sessions_revocation
+                    WHERE session_key = key OR session_key IS NULL)
+"""
+"""Which of these keys somebody deleted or changed, as far as is remembered."""
+
+VERSIONS: Final[LiteralString] = """
+    SELECT session_key, version
+      FROM deferred_sessions_session
+     WHERE session_key = ANY(%b::text[])
+"""
+"""What stands in the rows of many sessions, without their data."""
 
 PRUNE_REVOCATIONS: Final[LiteralString] = """
     DELETE FROM deferred_sessions_revocation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from django.db import connection
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.models import Session
 from deferred_sessions.record import SessionRecord
-from deferred_sessions.runtime import Runtime
+from deferred_sessions.runtime import Runtime, get_runtime
 
 
 @pytest.fixture
@@ -45,8 +46,10 @@ class Outage:
         connection.settings_dict["HOST"] = "/nonexistent"
 
     def end(self) -> None:
+        """PostgreSQL is back, and it is later than the next attempt to connect."""
         connection.close()
         connection.settings_dict["HOST"] = self._host
+        get_runtime().server.breaker.clock = lambda: time.monotonic() + 60
 
 
 @pytest.fixture(params=["sync", "async"])

@@ -128,11 +128,16 @@ def test_a_poisonous_record_is_set_aside(
 
 
 def test_trap_4_a_deleted_row_does_not_come_back(
-    runtime: Runtime, caplog: pytest.LogCaptureFixture
+    runtime: Runtime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 4: deleted in PostgreSQL behind our back; the flush deletes it here as well."""
+    """Trap 4: deleted by somebody in this very moment; the flush deletes it here as well."""
     gone, other = dirty(2)
-    Session.objects.filter(pk=gone.session_key).delete()
+    runtime.revocations.read_once(time.time())
+
+    def delete(*_: Any) -> None:
+        Session.objects.filter(pk=gone.session_key).delete()
+
+    monkeypatch.setattr(runtime.revocations, "read_once", delete)
 
     with caplog.at_level(logging.WARNING):
         report = runtime.flusher.flush_once(time.time() + 61)

@@ -128,6 +128,34 @@ def test_nested_locks(locking: Call) -> None:
             session.lock().__enter__()
 
 
+def test_the_same_lock_entered_again(runtime: Runtime) -> None:
+    session = created(n=1)
+    lock = session.lock("n")
+    with lock, lock:
+        session["n"] = 2
+    assert content(session) == {"n": 2}
+    with SessionStore(session.session_key).lock("n", timeout=0):
+        pass
+
+
+def test_the_end_of_the_request_does_not_undo_others(
+    tune: Callable[..., Runtime], locking: Call, call: Call
+) -> None:
+    """Where the last write wins, too: what was saved under the lock is not saved again."""
+    tune(LOCKING="last-write-wins")
+    session = created(n=0)
+    request = SessionStore(session.session_key)
+
+    def increment() -> None:
+        request["n"] += 1
+
+    locking(request, "n", work=increment)
+    change(session, n=request["n"] + 1)
+    assert request.modified
+    call(request, "save")
+    assert content(session) == {"n": 2}
+
+
 def test_a_block_that_fails_saves_nothing(runtime: Runtime, locking: Call) -> None:
     session = created(n=1)
 
@@ -342,6 +370,32 @@ def test_exclusive_session_of_a_stranger(how: str) -> None:
     request = HttpRequest()
     request.session = SessionStore()
     assert run(exclusive_session, lambda _: 7, request, how) == 7
+    assert Session.objects.count() == 0
+
+
+@both
+def test_a_forged_cookie_makes_no_session(how: str) -> None:
+    request = HttpRequest()
+    request.session = SessionStore("x" * 32)
+    assert run(exclusive_session, lambda _: 7, request, how) == 7
+    assert Session.objects.count() == 0
+
+
+@both
+@pytest.mark.parametrize("decorator", [exclusive_session, durable_session])
+def test_a_view_that_ends_its_session(how: str, decorator: Any) -> None:
+    """`logout()` in it: no error, no new session."""
+    session = created(n=1)
+    request = requested(session)
+
+    async def view(request: HttpRequest) -> None:
+        await request.session.aflush()
+
+    if how == "sync":
+        decorator(lambda r: r.session.flush())(request)
+    else:
+        async_to_sync(decorator(view))(request)
+    assert content(session) == {}
     assert Session.objects.count() == 0
 
 

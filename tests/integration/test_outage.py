@@ -15,6 +15,7 @@ from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
 from tests.integration.conftest import (
     Outage,
+    change,
     created,
     forget,
     row,
@@ -118,3 +119,42 @@ def test_an_outage_is_logged_once(
     messages = [record for record in caplog.records if "kept in memory" in record.message]
     assert len(messages) == 1
     assert runtime.counters.totals()[Counter.WRITES_POSTPONED] == 3
+
+
+def test_requests_do_not_all_try_to_connect(outage: Outage, runtime: Runtime) -> None:
+    """After a failure they are refused at once, until one finds that PostgreSQL is back."""
+    session = created(a=1)
+    forget(runtime)
+    outage.begin()
+    clock = time.monotonic()
+    runtime.server.breaker.clock = lambda: clock
+    for _ in range(2):
+        with pytest.raises(ServerUnavailableError):
+            SessionStore(session.session_key).load()
+    with pytest.raises(ServerUnavailableError, match="tried again in"):
+        SessionStore(session.session_key).load()
+    outage.end()
+    runtime.server.breaker.clock = lambda: clock
+    with pytest.raises(ServerUnavailableError, match="tried again in"):
+        SessionStore(session.session_key).load()
+
+    runtime.server.breaker.clock = lambda: clock + 1
+    assert SessionStore(session.session_key).load() == {"a": 1}
+
+
+def test_the_flusher_always_tries(outage: Outage, runtime: Runtime) -> None:
+    """And what it finds out, requests learn from."""
+    session, forgotten = created(a=1), created(a=2)
+    outage.begin()
+    change(session, a=2)
+    clock = time.monotonic()
+    runtime.server.breaker.clock = lambda: clock
+    assert runtime.flusher.flush_once(time.time() + 61).failure
+    runtime.store.update(forgotten.session_key or "", lambda _: None)
+    with pytest.raises(ServerUnavailableError, match="tried again in"):
+        SessionStore(forgotten.session_key).load()
+    outage.end()
+    runtime.server.breaker.clock = lambda: clock
+
+    assert runtime.flusher.flush_once(time.time() + 61).updated == 1
+    assert SessionStore(forgotten.session_key).load() == {"a": 2}

@@ -174,3 +174,24 @@ def test_merges_into_an_empty_session(call: Call) -> None:
     call(ours, "save")
 
     assert content(session) == {"a": 1, "b": 2}
+
+
+def test_what_is_saved_while_the_new_key_is_created_moves_along(
+    runtime: Runtime, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acknowledged under the old key between the INSERT of the new and the deletion."""
+    session = created(cart=0)
+    again = SessionStore(session.session_key)
+    assert call(again, "get", "cart") == 0
+    real = runtime.server.insert
+
+    def insert(*arguments: Any) -> int:
+        inserted = real(*arguments)
+        change(session, cart=99)
+        return inserted
+
+    monkeypatch.setattr(runtime.server, "insert", insert)
+    call(again, "cycle_key")
+
+    assert SessionStore(again.session_key).load() == {"cart": 99}
+    assert SessionStore(session.session_key).load() == {}

@@ -11,10 +11,11 @@ from django.core.management import call_command
 from django.db import connection, transaction
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.lifecycle import REMEMBERED
 from deferred_sessions.memory.counters import Counter
 from deferred_sessions.models import Session
-from deferred_sessions.revocations import LIFETIME
 from deferred_sessions.runtime import Runtime
+from deferred_sessions.servers.rows import Row
 from deferred_sessions.signals import session_revoked
 from tests.integration.conftest import change, created, record, row, second_connection
 
@@ -166,29 +167,157 @@ def test_a_deletion_that_rolls_back(runtime: Runtime) -> None:
 
 
 def test_a_node_that_was_away_for_long_reads_everything_anew(runtime: Runtime) -> None:
-    """What it missed may have been removed meanwhile; unsaved changes are kept."""
+    """What it missed may have been removed meanwhile: what is gone was deleted."""
     clean, dirty = created(a=1), created(a=1)
     change(dirty, a=2)
     Session.objects.filter(pk=clean.session_key).delete()
-    later = time.time() + 2 * LIFETIME
+    later = time.time() + 2 * REMEMBERED
     runtime.revocations.prune(later)
     runtime.revocations.read_once(later)
 
-    assert runtime.store.get(clean.session_key or "") is None
+    assert SessionStore(clean.session_key).load() == {}
     assert record(runtime, dirty).is_dirty
 
 
-def test_a_session_that_postgresql_never_had_is_left_alone(
+def test_truncate_ends_what_is_on_its_way_and_not_what_comes_after(
     tune: Callable[..., Runtime],
 ) -> None:
-    """Created while it was away, say: TRUNCATE cannot have meant that one."""
+    """Everybody out; who comes back then is in."""
     runtime = tune(WRITE_ON_CREATE=False)
     runtime.revocations.read_once(time.time())
-    session = created(a=1)
+    before = created(a=1)
     run("TRUNCATE deferred_sessions_session")
+    after = created(a=1)
     runtime.revocations.read_once(time.time())
 
-    assert SessionStore(session.session_key).load() == {"a": 1}
+    assert SessionStore(before.session_key).load() == {}
+    assert SessionStore(after.session_key).load() == {"a": 1}
+
+
+def test_a_session_created_in_a_transaction_does_not_come_back(runtime: Runtime) -> None:
+    """Memory does not know that its row was there, but whoever deleted it does."""
+    with transaction.atomic():
+        session = created(a=1)
+    Session.objects.filter(pk=session.session_key).delete()
+    runtime.flusher.flush_once(time.time() + 61)
+
+    assert SessionStore(session.session_key).load() == {}
+    assert row(session.session_key) is None
+
+
+def test_a_load_under_way_does_not_keep_a_deleted_row(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has read the row; then the row is deleted, and the node hears of it."""
+    session = created(a=1)
+    runtime.store.clear()
+    real = runtime.server.read
+
+    def read(key: str) -> Row | None:
+        found = real(key)
+        if found is not None:
+            Session.objects.all().delete()
+            runtime.revocations.read_once(time.time())
+        return found
+
+    monkeypatch.setattr(runtime.server, "read", read)
+    SessionStore(session.session_key).load()
+    monkeypatch.undo()
+
+    assert SessionStore(session.session_key).load() == {}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(3, 1), (1, 2)])
+def test_a_foreign_change_outdoes_all_unsaved_ones(
+    runtime: Runtime, ours: int, theirs: int
+) -> None:
+    session = created(a=1)
+    for number in range(ours):
+        change(session, b=number)
+    for number in range(theirs):
+        Session.objects.update(session_data=SessionStore().encode({"a": f"theirs {number}"}))
+    runtime.revocations.read_once(time.time())
+
+    assert runtime.flusher.flush_once(time.time()).superseded == 1
+    assert row(session.session_key) == {"a": f"theirs {theirs - 1}"}
+    assert SessionStore(session.session_key).load() == {"a": f"theirs {theirs - 1}"}
+
+
+def test_a_row_that_gets_another_key(runtime: Runtime) -> None:
+    session = created(a=1)
+    run("UPDATE deferred_sessions_session SET session_key = repeat('x', 32)")
+    runtime.revocations.read_once(time.time())
+
+    assert SessionStore(session.session_key).load() == {}
+    assert SessionStore("x" * 32).load() == {"a": 1}
+
+
+# Another server answers: it was exchanged or started anew
+
+
+@pytest.fixture
+def exchange(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> Callable[[], None]:
+    """Have another server process answer from now on."""
+    real = runtime.server.revocations
+
+    def revocations(since: int) -> Any:
+        return real(since)._replace(server="the standby")
+
+    return lambda: monkeypatch.setattr(runtime.server, "revocations", revocations)
+
+
+def test_a_failover_that_lost_commits(
+    runtime: Runtime, exchange: Callable[[], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A creation, and a flush: memory has both, and writes both again."""
+    forgotten, outdated, fine = created(a=1), created(a=1), created(a=1)
+    with connection.cursor() as cursor:
+        cursor.execute("SET session_replication_role = replica")  # no triggers
+        Session.objects.filter(pk=forgotten.session_key).delete()
+        cursor.execute("SET session_replication_role = DEFAULT")
+    change(outdated, a=2)
+    runtime.flusher.flush_once(time.time() + 61)
+    data = SessionStore().encode({"a": 1})
+    Session.objects.filter(pk=outdated.session_key).update(session_data=data, version=1)
+    run("TRUNCATE deferred_sessions_revocation")
+    exchange()
+
+    report = runtime.flusher.flush_once(time.time() + 62)
+
+    assert (report.inserted, report.updated) == (1, 1)
+    assert row(forgotten.session_key) == {"a": 1}
+    assert row(outdated.session_key) == {"a": 2}
+    assert "of the 3 sessions in memory, 2 are not" in caplog.text
+    assert not record(runtime, fine).is_dirty
+    assert runtime.flusher.flush_once(time.time() + 63).rows == 0
+
+
+def test_a_failover_does_not_bring_back_what_was_deleted(
+    runtime: Runtime, exchange: Callable[[], None]
+) -> None:
+    """The deletion got through, and its record, too."""
+    session = created(a=1)
+    Session.objects.all().delete()
+    exchange()
+    runtime.flusher.flush_once(time.time())
+
+    assert SessionStore(session.session_key).load() == {}
+    assert row(session.session_key) is None
+
+
+def test_a_row_that_is_lost_without_a_failover_is_written_anew(
+    runtime: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found when it is flushed: nobody deleted it, and it is not there."""
+    session = created(a=1)
+    change(session, a=2)
+    run("SET session_replication_role = replica")
+    Session.objects.all().delete()
+    run("SET session_replication_role = DEFAULT")
+
+    assert runtime.flusher.flush_once(time.time() + 61).inserted == 1
+    assert row(session.session_key) == {"a": 2}
+    assert "lost 1 sessions that it had confirmed" in caplog.text
 
 
 def test_the_poller_reads_them_too(runtime: Runtime) -> None:
@@ -207,6 +336,6 @@ def test_old_ones_are_removed(runtime: Runtime) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM deferred_sessions_revocation")
         assert cursor.fetchone() == (1,)
-        runtime.revocations.prune(time.time() + LIFETIME + 60)
+        runtime.revocations.prune(time.time() + REMEMBERED + 60)
         cursor.execute("SELECT count(*) FROM deferred_sessions_revocation")
         assert cursor.fetchone() == (0,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +14,9 @@ from django.core.management import call_command
 from django.db import DatabaseError, connection, transaction
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.exceptions import StoreFullError
 from deferred_sessions.memory.counters import Counter
+from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
 from tests.integration.conftest import created, dirty, forget, record, row, second_connection
@@ -227,6 +230,7 @@ def test_what_the_transaction_wrote_is_not_kept(runtime: Runtime) -> None:
 
 
 def test_a_session_unknown_to_memory_is_saved_in_such_a_transaction(runtime: Runtime) -> None:
+    """Its row is older than what the transaction wrote: everybody sees the same."""
     session = created(a=1)
     again = SessionStore(session.session_key)
     assert again["a"] == 1
@@ -235,7 +239,77 @@ def test_a_session_unknown_to_memory_is_saved_in_such_a_transaction(runtime: Run
         Group.objects.create(name="anything")
         again["a"] = 2
         again.save()
-        assert runtime.store.get(session.session_key or "") is None
+        assert record(runtime, session).is_dirty
 
-    assert row(session.session_key) == {"a": 2}
     assert SessionStore(session.session_key).load() == {"a": 2}
+    assert runtime.flusher.flush_once(time.time() + 61).updated == 1
+    assert row(session.session_key) == {"a": 2}
+
+
+def test_what_cannot_be_saved_in_a_transaction_is_refused(runtime: Runtime) -> None:
+    """Not in memory, and the snapshot is old: nobody can tell what others see."""
+    session = created(a=1)
+    again = SessionStore(session.session_key)
+    assert again["a"] == 1
+    forget(runtime)
+    with transaction.atomic():
+        run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        again["a"] = 2
+        with pytest.raises(StoreFullError, match="save it after the transaction"):
+            again.save()
+    again.save()
+    assert SessionStore(session.session_key).load() == {"a": 2}
+
+
+def test_a_logout_while_the_row_is_being_inserted(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flusher has found a session that PostgreSQL never had; its INSERT is the later one."""
+    with transaction.atomic():
+        session = created(_auth_user_id="7")
+        transaction.set_rollback(True)
+    real = runtime.server.insert
+
+    def insert(*arguments: Any) -> int:
+        with ThreadPoolExecutor(1) as pool:  # another connection, in another thread
+            pool.submit(log_out, session).result()
+        return real(*arguments)
+
+    monkeypatch.setattr(runtime.server, "insert", insert)
+    now = time.time()
+    assert runtime.flusher.flush_once(now, everything=True).inserted == 1
+    assert row(session.session_key) is not None
+
+    assert runtime.flusher.flush_once(now + 1).deleted == 1
+    assert row(session.session_key) is None
+    assert SessionStore(session.session_key).load() == {}
+
+
+def test_the_same_and_the_flusher_is_killed(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Committed, and not marked: the deletion is repeated nevertheless."""
+    with transaction.atomic():
+        session = created(_auth_user_id="7")
+        transaction.set_rollback(True)
+    found = [Dirty.of(record(runtime, session))]
+    log_out(session)
+    runtime.server.insert(runtime.flusher._writer.columns(found), time.time())
+
+    assert runtime.flusher.flush_once(time.time() + 61).deleted == 1
+    assert row(session.session_key) is None
+
+
+def log_out(session: SessionStore) -> None:
+    SessionStore(session.session_key).delete()
+    connection.close()
+
+
+def test_an_open_transaction_is_not_asked_what_was_revoked(runtime: Runtime) -> None:
+    session = created(a=1)
+    with transaction.atomic():
+        Session.objects.all().delete()
+        runtime.flusher.flush_once(time.time())
+        transaction.set_rollback(True)
+
+    assert SessionStore(session.session_key).load() == {"a": 1}

@@ -198,6 +198,21 @@ def test_it_is_re_entrant(claims: Claims) -> None:
     assert claims.hold(KEY, names("cart"), 1, 0) is None
 
 
+def test_who_waits_for_me_is_not_waited_for(claims: Claims) -> None:
+    """A second portion, while somebody waits for the first and all the others."""
+    first = claims.hold(KEY, names("cart"), "me", 1)
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(claims.hold, KEY, ALL, "other", 30)
+        while len(claims._lines[KEY]) < 2:
+            time.sleep(0.001)
+        second = claims.hold(KEY, names("coupon"), "me", 0)
+        assert not whole.done()
+        for claim in (first, second):
+            assert claim is not None
+            claims.release(claim)
+        assert whole.result() is not None
+
+
 def test_several_portions_at_once_do_not_deadlock(claims: Claims) -> None:
     """Two threads and two processes name the same portions in different orders."""
 

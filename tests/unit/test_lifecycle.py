@@ -143,7 +143,28 @@ def test_a_buried_tombstone_is_clean_and_stays_one(clean: SessionRecord) -> None
 
     assert buried.is_tombstone
     assert not buried.is_dirty
-    assert lifecycle.written(buried, version=9, expires_at=NOW, now=NOW, policy=POLICY) is buried
+    assert lifecycle.buried(buried, now=NOW + 2).due_at == 0
+
+
+def test_a_session_that_postgresql_may_be_about_to_insert_is_deleted_twice(
+    new: SessionRecord,
+) -> None:
+    """The INSERT may be under way, and the first DELETE finds nothing."""
+    tombstone = lifecycle.deleted(new, new.key, now=NOW, policy=POLICY)
+    once = lifecycle.buried(tombstone, now=NOW)
+    assert once.is_dirty
+    assert once.due_at == NOW + lifecycle.DELETE_AGAIN
+    assert not lifecycle.buried(once, now=NOW + 60).is_dirty
+
+
+def test_a_write_that_ends_after_the_deletion(clean: SessionRecord) -> None:
+    """It may have written the row after the DELETE: delete it again."""
+    tombstone = lifecycle.deleted(clean, clean.key, now=NOW, policy=POLICY)
+    buried = lifecycle.buried(tombstone, now=NOW)
+    again = lifecycle.written(buried, version=1, expires_at=NOW, now=NOW + 1, policy=POLICY)
+    assert again.is_tombstone
+    assert again.is_dirty
+    assert again.due_at == NOW + 1
     assert lifecycle.served(buried, now=NOW, policy=POLICY) is buried
 
 
