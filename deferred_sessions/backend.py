@@ -233,11 +233,14 @@ class SessionStore(DeferredSession):
         nest locks on portions; the whole session must be locked before its portions.
 
         Raises (in the `with` statement):
+            TypeError: A name is not a string. (Raised at once.)
             LockTimeoutError: Somebody else held it for too long; says who.
             LockOrderError: The whole session after portions of it.
             UpdateError: The session was deleted.
         """
         runtime = get_runtime()
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"Names of session keys are strings, unlike {names!r}.")
         wait = runtime.settings.lock_timeout if timeout is None else timeout
         return SessionLock(self, runtime.claims, frozenset(names), wait)
 

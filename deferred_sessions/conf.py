@@ -27,6 +27,7 @@ from deferred_sessions.policy import Policy
 NAME: Final = "DEFERRED_SESSIONS"
 ENGINE: Final = "deferred_sessions.backend"
 MIN_STORE_SIZE: Final = 4 << 20
+MAX_STORE_SIZE: Final = 64 << 30
 MIDDLEWARE: Final = "deferred_sessions.middleware.SessionMiddleware"
 LOCKING: Final = ("merge", "exclusive", "last-write-wins")
 MAX_BATCH_SIZE: Final = 10_000
@@ -276,8 +277,8 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
         "None or an absolute path",
     ),
     "STORE_SIZE": (
-        lambda value: _is_whole(value, MIN_STORE_SIZE),
-        f"a whole number of bytes, at least {MIN_STORE_SIZE} (4 MiB)",
+        lambda value: _is_whole(value, MIN_STORE_SIZE) and value <= MAX_STORE_SIZE,
+        f"a whole number of bytes, from {MIN_STORE_SIZE} (4 MiB) to {MAX_STORE_SIZE} (64 GiB)",
     ),
     "CACHE_SIZE": (lambda value: _is_whole(value, 0), "a whole number of sessions, 0 or more"),
     "SERVERS": (

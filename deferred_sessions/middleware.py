@@ -24,6 +24,7 @@ from deferred_sessions.runtime import Runtime, get_runtime_in_use
 
 logger = logging.getLogger(__name__)
 
+UNAVAILABLE: Final = 503
 RETRY_AFTER: Final = 1  # seconds
 TROUBLE: Final = (ServerUnavailableError, LockTimeoutError, StoreFullError)
 TEXT: Final = "The site is busy. Please try again in a moment."
@@ -80,9 +81,11 @@ class SessionMiddleware(DjangoSessionMiddleware):
     def _is_to_be_saved(self, session: Any, runtime: Runtime) -> bool:
         return (session.modified or runtime.saves_every_request) and not session.is_empty()
 
-    def _failed(self, request: HttpRequest, response: Any) -> HttpResponseBase:
+    def _failed(self, request: HttpRequest, response: HttpResponse) -> HttpResponseBase:
         """Return the answer to a request that failed, perhaps for want of its session."""
         trouble = getattr(request.session, "trouble", None)
+        if trouble is not None and response.status_code == UNAVAILABLE:
+            return response  # `process_exception` has said it
         if trouble is not None:
             return self._come_again(request, trouble)
         return self.process_response(request, response)

@@ -12,6 +12,7 @@ from types import TracebackType
 
 from deferred_sessions.busy import is_on_event_loop, owner
 from deferred_sessions.deferred_session import DeferredSession
+from deferred_sessions.exceptions import LockTimeoutError
 from deferred_sessions.memory.claims import Claim, Claims
 from deferred_sessions.saving import Rest
 
@@ -30,8 +31,10 @@ class SessionLock:
 
     def __enter__(self) -> None:
         key = self._session.key_to_lock()
-        timeout = 0.0 if is_on_event_loop() else self._timeout
-        self._held.append(self._claims.hold(key, self._names, owner(), timeout))
+        if is_on_event_loop():
+            self._held.append(self._hold_at_once(key))
+        else:
+            self._held.append(self._claims.hold(key, self._names, owner(), self._timeout))
         try:
             self._session.renew()
         except BaseException:
@@ -82,6 +85,14 @@ class SessionLock:
             self._release()
         if saving is not None:
             await session.afinish(saving)
+
+    def _hold_at_once(self, key: str) -> Claim | None:
+        try:
+            return self._claims.hold(key, self._names, owner(), 0.0)
+        except LockTimeoutError as error:
+            raise LockTimeoutError(
+                f"{error} On an event loop, `with` cannot wait; use `async with`."
+            ) from error
 
     def _release(self) -> None:
         claim = self._held.pop()

@@ -13,6 +13,8 @@ from queues in its configuration.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from typing import Any, Final
 
@@ -23,6 +25,8 @@ from kombu.common import Broadcast
 
 from deferred_sessions.runtime import get_runtime
 from deferred_sessions.schedule import CLEAR_INTERVAL, CLEAR_TASK, FLUSH_TASK, TICK
+
+logger = logging.getLogger(__name__)
 
 EXCHANGE: Final = "deferred_sessions"
 
@@ -44,6 +48,14 @@ def flush() -> dict[str, Any] | None:
     """Write this node's due sessions to PostgreSQL; nothing if it has no host store."""
     runtime = get_runtime()
     if not runtime.store.exists():
+        if users := runtime.store.owners_elsewhere():
+            logger.warning(
+                "Nothing is flushed: the sessions of this host belong to user %d, and this worker "
+                "runs as user %d.",
+                users[0],
+                os.geteuid(),
+                extra={"action": "flush_as_wrong_user"},
+            )
         return None
     report = runtime.flusher.flush_once(time.time())
     return {"rows": report.rows, "remaining": report.remaining, "failure": report.failure}

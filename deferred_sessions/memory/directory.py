@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -44,6 +45,15 @@ def default_directory(identity: str) -> Path:
     base = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return base / f"deferred-sessions-{os.geteuid()}-{digest}"
+
+
+def other_owners(directory: Path) -> list[int]:
+    """Return the users who have the same project's store, where the default one would be."""
+    parts = re.fullmatch(r"(deferred-sessions)-\d+-([0-9a-f]{12})", directory.name)
+    if parts is None:
+        return []
+    found = directory.parent.glob(f"{parts[1]}-*-{parts[2]}")
+    return sorted(path.lstat().st_uid for path in found if path.name != directory.name)
 
 
 def make_private(directory: Path) -> None:

@@ -21,7 +21,7 @@ import lmdb
 from deferred_sessions.exceptions import StoreFullError, StoreUnavailableError
 from deferred_sessions.lifecycle import TOMBSTONE_LIFETIME
 from deferred_sessions.memory import tables
-from deferred_sessions.memory.directory import PAGE
+from deferred_sessions.memory.directory import PAGE, other_owners
 from deferred_sessions.memory.environment import Databases, MappedFile
 from deferred_sessions.memory.tables import Change, Dirty, Transition
 from deferred_sessions.record import Head, SessionRecord
@@ -73,6 +73,10 @@ class HostStore:
     def exists(self) -> bool:
         """Tell whether this host has a store already; never makes one."""
         return self._file.exists()
+
+    def owners_elsewhere(self) -> list[int]:
+        """Return the users other than this one who have this project's store on the host."""
+        return other_owners(self.directory)
 
     def open(self) -> None:
         """Map the store now instead of at the first use; makes it if there is none.

@@ -20,6 +20,7 @@ from deferred_sessions.exceptions import RowLockedError, RowRefusedError, Server
 # connection, transaction state (read-only, for one), prepared statement, login, unknown
 # database or schema, no such table, resources, operator intervention, system, configuration.
 AWAY: Final = frozenset({"", "08", "25", "26", "28", "3D", "3F", "42", "53", "57", "58", "F0"})
+NO_TABLE: Final = "42P01"
 NO_PRIVILEGE: Final = "42501"  # what row-level security and triggers may say of one row
 LOCK_NOT_AVAILABLE: Final = "55P03"
 QUERY_CANCELED: Final = "57014"  # statement_timeout: too many rows at once, or one is held
@@ -34,6 +35,8 @@ def translated() -> Iterator[None]:
     except (DatabaseError, InterfaceError) as error:
         state = getattr(error.__cause__, "sqlstate", None) or ""
         message = str(error).partition("\nDETAIL:")[0]
+        if state == NO_TABLE:
+            message = f"has `manage.py migrate` been run on this database? {message}"
         if state in (LOCK_NOT_AVAILABLE, QUERY_CANCELED) or state[:2] == ROLLBACK:
             raise RowLockedError(f"Somebody else holds a session: {message}") from None
         if state == NO_PRIVILEGE or state[:2] not in AWAY:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +245,27 @@ def test_a_tick_in_time_needs_no_celery(tune: Callable[..., Runtime]) -> None:
     assert tasks.flush() == {"rows": 1, "remaining": 0, "failure": ""}
     assert row(session.session_key) == {"n": 1}
     assert runtime.store.status().dirty == 0
+
+
+def test_flushsessions_as_another_user_than_the_site(
+    tune: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    """Root's own store would be empty: "nothing to write" would be a lie."""
+    theirs = tmp_path / "deferred-sessions-99-0123456789ab"
+    theirs.mkdir()
+    os.chown(theirs, os.geteuid(), -1)
+    runtime = tune(DIRECTORY=str(tmp_path / "deferred-sessions-0-0123456789ab"))
+
+    with pytest.raises(CommandError, match="Run it as the user of the web processes"):
+        call_command("flushsessions")
+    assert not runtime.store.exists()
+
+
+def test_the_flush_task_as_another_user(
+    tune: Callable[..., Runtime], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "deferred-sessions-99-0123456789ab").mkdir()
+    tune(DIRECTORY=str(tmp_path / "deferred-sessions-0-0123456789ab"))
+
+    assert tasks.flush() is None
+    assert "Nothing is flushed: the sessions of this host belong to user" in caplog.text

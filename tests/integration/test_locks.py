@@ -128,6 +128,11 @@ def test_nested_locks(locking: Call) -> None:
             session.lock().__enter__()
 
 
+def test_a_name_is_a_string(runtime: Runtime) -> None:
+    with pytest.raises(TypeError, match="unlike"):
+        created(n=1).lock(3)  # type: ignore[arg-type]
+
+
 def test_the_same_lock_entered_again(runtime: Runtime) -> None:
     session = created(n=1)
     lock = session.lock("n")
@@ -217,7 +222,7 @@ def test_waiting_on_an_event_loop_is_refused() -> None:
 
     async def work() -> None:
         async with session.lock("n"):
-            with pytest.raises(LockTimeoutError):
+            with pytest.raises(LockTimeoutError, match="use `async with`"):
                 await asyncio.create_task(in_another_task())
 
     async def in_another_task() -> None:

@@ -82,13 +82,17 @@ def test_it_is_in_use(settings: Any) -> None:
 
 
 def test_an_unknown_cookie_while_postgresql_is_away(
-    runtime: Runtime, outage: Outage, get: Callable[[str, str], Any]
+    runtime: Runtime,
+    outage: Outage,
+    get: Callable[[str, str], Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Never a logout: the cookie stays as it is."""
+    """Never a logout: the cookie stays as it is; and it is logged once."""
     session = created(count=1)
     forget(runtime)
     outage.begin()
     assert_come_again(get(session.session_key or "", "/probe/count/"))
+    assert caplog.text.count("/probe/count/ answered with 503") == 1
     outage.end()
 
     assert get(session.session_key or "", "/probe/count/").json()["value"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pprint
 import signal
 import threading
@@ -69,6 +70,12 @@ class Command(BaseCommand):
         self._flush(everything=True)
 
     def _flush(self, *, everything: bool) -> FlushReport:
+        store = get_runtime().store
+        if not store.exists() and (users := store.owners_elsewhere()):
+            raise CommandError(
+                f"The sessions of this project are in the memory of user {users[0]}, and this is "
+                f"user {os.geteuid()}, who has none. Run it as the user of the web processes."
+            )
         try:
             report = get_runtime().flusher.flush_once(time.time(), everything=everything)
         except DeferredSessionsError as error:
