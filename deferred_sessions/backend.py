@@ -268,7 +268,7 @@ class SessionStore(DeferredSession):
     async def acycle_key(self) -> None:
         """Do what `cycle_key` does."""
         await self._aget_session()  # type: ignore[attr-defined]
-        self._catch_up()
+        await sync_to_async(self._catch_up)()
         key, base = self._session_key, self._base
         await self.acreate()
         if is_valid(key) and await sync_to_async(self._leave)(key, base):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeGuard
 
 from asgiref.sync import sync_to_async
@@ -126,11 +126,12 @@ class DeferredSession(SessionBase):
         return self._remember(runtime, now, merging=saving.base is not None)
 
     def _catch_up(self) -> None:
-        """Merge with what memory has of the session now, before its key is given up."""
+        """Merge with what others have saved of the session, before its key is given up."""
         runtime, key = get_runtime(), self._session_key
-        record = None if key is None else runtime.tiers.live_record(key, time.time())
-        if record is not None and runtime.overlap.is_merging:
-            self._take_over(record)
+        if key is None or self._base is None or not runtime.overlap.is_merging:
+            return
+        with suppress(SessionDeletedError, ServerUnavailableError):  # then this is all there is
+            self._take_over(runtime.tiers.newest(key, time.time()))
 
     def _leave(self, key: str, base: Entry[Snapshot] | None) -> bool:
         """Delete the session under its old `key`; return whether that brought news.

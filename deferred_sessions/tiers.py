@@ -209,12 +209,6 @@ class Tiers:
         if record is not None and record.is_changed:
             self._write_through.persist(record, now)
 
-    def live_record(self, key: str, now: float) -> SessionRecord | None:
-        """Return what memory has of a live session, or None."""
-        with suppress(SessionDeletedError):
-            return self.known_record(key, now)
-        return None
-
     def settle(self, saving: Saving, now: float) -> Entry[Snapshot] | Saving:
         """Finish what memory alone could not; the rest of it may be to MERGE.
 

@@ -195,3 +195,14 @@ def test_what_is_saved_while_the_new_key_is_created_moves_along(
 
     assert SessionStore(again.session_key).load() == {"cart": 99}
     assert SessionStore(session.session_key).load() == {}
+
+
+def test_cycle_key_asks_postgresql_for_what_has_left_memory(runtime: Runtime, call: Call) -> None:
+    session = created(a=1)
+    again = loaded(session)
+    change(session, b=2)
+    runtime.flusher.flush_once(time.time(), everything=True)
+    forget(runtime)
+    call(again, "cycle_key")
+
+    assert content(again) == {"a": 1, "b": 2}

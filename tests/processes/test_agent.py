@@ -14,6 +14,8 @@ from deferred_sessions.models import Session
 from deferred_sessions.runtime import get_runtime
 from tests.processes.conftest import Site, Visitor, wait_until
 
+NOTHING = b'["", 0, 0]'  # the note of an agent that has read nothing
+
 
 def holder(path: Path) -> int | None:
     """Return the process that has `path` open for its lock, or None."""
@@ -57,11 +59,11 @@ def test_another_worker_takes_over(site: Site) -> None:
 
     first = wait_until(elected, what="an election")
     wait_until(has_read, what="the first round")
-    get_runtime().store.set_note("revocations", b"[0, 0]")
+    get_runtime().store.set_note("revocations", NOTHING)
     os.kill(first, signal.SIGKILL)
     wait_until(
         lambda: (
-            elected() not in (None, first) and get_runtime().store.note("revocations") != b"[0, 0]"
+            elected() not in (None, first) and get_runtime().store.note("revocations") != NOTHING
         ),
         what="a successor",
     )
