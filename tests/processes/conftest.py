@@ -71,6 +71,9 @@ class Web:
 class Site:
     """One host of a site: a directory for its sessions, and processes that use it."""
 
+    database: str | None = None
+    """The URL of its database, unless it is the one of the tests."""
+
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.directory = directory
         self.settings = settings
@@ -81,7 +84,7 @@ class Site:
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            "DATABASE_URL": database_url(),
+            "DATABASE_URL": self.database or database_url(),
             "SESSION_DIRECTORY": str(self.directory),
             "DEFERRED_SESSIONS": json.dumps({"STORE_SIZE": 16 << 20, **self.settings}),
             "DJANGO_SETTINGS_MODULE": "testproject.settings",
