@@ -15,28 +15,32 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 
 import django
 
 from testproject.brokers import redis
+from testproject.embedded import url_of
 
+BENCHMARKS = ("engines", "flush", "overlap")
 SHARED_MEMORY = Path("/dev/shm")
 
 
 def main() -> int:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="*", help="engines, flush; both if not given")
+    parser.add_argument("what", nargs="*", help=f"{', '.join(BENCHMARKS)}; all if not given")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables to FILE, too")
     options = parser.parse_args()
-    unknown = set(options.what) - {"engines", "flush"}
+    unknown = set(options.what) - set(BENCHMARKS)
     if unknown:
         parser.error(f"there is no benchmark called {', '.join(sorted(unknown))}")
     with ExitStack() as stack:
         prepare(stack)
-        report(options.what or ["engines", "flush"], options.write)
+        report(options.what or BENCHMARKS, options.write)
     return 0
 
 
@@ -56,17 +60,16 @@ def prepare(stack: ExitStack) -> None:
     name = connection.settings_dict["NAME"]
     connection.creation.create_test_db(verbosity=0, autoclobber=True, serialize=False)
     stack.callback(connection.creation.destroy_test_db, name, verbosity=0)
+    os.environ["DATABASE_URL"] = url_of(connection.settings_dict)  # for other processes
 
 
-def report(what: list[str], file: Path | None) -> None:
+def report(what: Sequence[str], file: Path | None) -> None:
     """Print each table as soon as it is there; write all to `file` at the end."""
-    from benchmarks import engines, flush  # noqa: PLC0415 - need Django to be set up
-
     lines = [*machine(), ""]
     print("\n".join(lines), flush=True)
-    for name, benchmark in (("engines", engines), ("flush", flush)):
+    for name in BENCHMARKS:
         if name in what:
-            for table in benchmark.measure():
+            for table in import_module(f"benchmarks.{name}").measure():
                 print(f"{table}\n", flush=True)
                 lines += [table, ""]
     if "REDIS_URL" not in os.environ and "engines" in what:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ def postgres(directory: Path | None = None) -> Iterator[str]:
     finally:
         if directory is None:
             shutil.rmtree(place, ignore_errors=True)
+
+
+def url_of(database: Mapping[str, Any]) -> str:
+    """Return the URL of an entry of Django's DATABASES, for other processes."""
+    host = quote(str(database["HOST"]), safe="")
+    port = f":{database['PORT']}" if database["PORT"] else ""
+    password = f":{quote(database['PASSWORD'])}" if database["PASSWORD"] else ""
+    return f"postgresql://{database['USER']}{password}@{host}{port}/{database['NAME']}"
 
 
 def _provide_runtime_directory() -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import ExitStack
-from urllib.parse import quote
 
 import pytest
 from django.db import connection
 
-from testproject.embedded import postgres
+from testproject.embedded import postgres, url_of
 
 _running = ExitStack()
 
@@ -24,11 +23,7 @@ def pytest_load_initial_conftests() -> Generator[None, None, None]:
 
 def database_url() -> str:
     """Return the URL of the database of this test run, for other processes."""
-    database = connection.settings_dict
-    host = quote(str(database["HOST"]), safe="")
-    port = f":{database['PORT']}" if database["PORT"] else ""
-    password = f":{quote(database['PASSWORD'])}" if database["PASSWORD"] else ""
-    return f"postgresql://{database['USER']}{password}@{host}{port}/{database['NAME']}"
+    return url_of(connection.settings_dict)
 
 
 def pytest_unconfigure() -> None:
