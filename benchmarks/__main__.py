@@ -1,10 +1,10 @@
-"""Runs the measurements and prints their tables.
+"""Runs the measurements; prints their tables, and writes them with plots to RESULTS.md.
 
-    python -m benchmarks                          with DATABASE_URL and REDIS_URL
-    python -m testproject.embedded python -m benchmarks    with a PostgreSQL of its own
+    make bench                with all set-up; QUICK=1 for a first impression
+    python -m testproject.embedded python -m benchmarks [--quick] [cycles web ...]
 
-Works in a database and a store made for it and removed afterwards. Without REDIS_URL
-it starts a Redis server, if one is installed.
+Works in a database and a store made for it and removed afterwards. Redis and wrk come from
+the system's packages; what is missing is left out, and said.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,30 +23,43 @@ from pathlib import Path
 
 import django
 
+from benchmarks.engines import missing
+from benchmarks.measure import Goal, Plot, Scale, Table
+from benchmarks.sessions import VISITOR
 from testproject.brokers import redis
 from testproject.embedded import url_of
 
-BENCHMARKS = ("engines", "flush", "overlap")
 SHARED_MEMORY = Path("/dev/shm")
+BENCHMARKS = ("cycles", "web", "writes", "flush", "growth", "overlap")
+PACKAGES = {"redis-server": "redis-server", "wrk": "wrk"}  # command: package
+HERE = Path(__file__).parent
+SUMMARY = ("measure", "to reach", "reached (spread of the rounds)", "met")
 
 
 def main() -> int:
     """Run what was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", nargs="*", help=f"{', '.join(BENCHMARKS)}; all if not given")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the tables to FILE, too")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; under two minutes")
     options = parser.parse_args()
     unknown = set(options.what) - set(BENCHMARKS)
     if unknown:
         parser.error(f"there is no benchmark called {', '.join(sorted(unknown))}")
     with ExitStack() as stack:
         prepare(stack)
-        report(options.what or BENCHMARKS, options.write)
+        found = run(options.what or BENCHMARKS, Scale(quick=options.quick))
+        if not options.what and not options.quick:
+            write(found)
     return 0
 
 
 def prepare(stack: ExitStack) -> None:
     """Set up Django with a store, a database and, if possible, a Redis of their own."""
+    install()
     memory = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
     place = Path(tempfile.mkdtemp(prefix="deferred-sessions-benchmark-", dir=memory))
     stack.callback(shutil.rmtree, place)
@@ -62,20 +76,65 @@ def prepare(stack: ExitStack) -> None:
     stack.callback(connection.creation.destroy_test_db, name, verbosity=0)
     os.environ["DATABASE_URL"] = url_of(connection.settings_dict)  # for other processes
 
+    from django.contrib.auth.models import User  # noqa: PLC0415 - needs Django to be set up
 
-def report(what: Sequence[str], file: Path | None) -> None:
-    """Print each table as soon as it is there; write all to `file` at the end."""
-    lines = [*machine(), ""]
-    print("\n".join(lines), flush=True)
+    User.objects.create(pk=VISITOR)  # some engines keep a foreign key
+
+
+def install() -> None:
+    """Install what is missing, if this is root on Debian; say what stays out otherwise."""
+    wanted = [package for command, package in PACKAGES.items() if not shutil.which(command)]
+    if wanted and os.geteuid() == 0 and shutil.which("apt-get"):
+        print(f"Installing {' and '.join(wanted)} …", file=sys.stderr, flush=True)
+        subprocess.run(["apt-get", "update", "-qq"], check=False)
+        subprocess.run(
+            ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *wanted],
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+    for command, package in PACKAGES.items():
+        if not shutil.which(command):
+            print(f"Left out, for want of {command}: install {package}.", file=sys.stderr)
+
+
+def run(what: Sequence[str], scale: Scale) -> list[str | Plot]:
+    """Print each table as soon as it is there, and what was reached at the end."""
+    lines: list[str | Plot] = [*machine(), ""]
+    print("\n".join(map(str, lines)), flush=True)
+    for name, need in missing().items():
+        print(f"Left out, for want of {need}: {name}.", file=sys.stderr)
+    goals: list[Goal] = []
     for name in BENCHMARKS:
         if name in what:
-            for table in import_module(f"benchmarks.{name}").measure():
-                print(f"{table}\n", flush=True)
-                lines += [table, ""]
-    if "REDIS_URL" not in os.environ and "engines" in what:
-        print("Redis is missing: set REDIS_URL, or install redis-server.", file=sys.stderr)
-    if file is not None:
-        file.write_text("\n".join(["# Measurements", "", *lines]))
+            for item in import_module(f"benchmarks.{name}").measure(scale):
+                if isinstance(item, Goal):
+                    goals.append(item)
+                elif isinstance(item, Table):
+                    print(f"{item}\n", flush=True)
+                    lines += [str(item), ""]
+                else:
+                    lines.append(item)
+    summary = str(Table("What was to be reached", SUMMARY, [goal.row() for goal in goals]))
+    print(summary)
+    return [lines[0], lines[1], "", summary, "", *lines[2:]]
+
+
+def write(found: list[str | Plot]) -> None:
+    """Write tables and plots next to this file."""
+    from benchmarks import plots  # noqa: PLC0415 - takes a second, for nothing if not written
+
+    directory = HERE / "plots"
+    directory.mkdir(exist_ok=True)
+    lines = ["# Measurements", "", "Written by `make bench`.", ""]
+    for item in found:
+        if isinstance(item, Plot):
+            path = plots.draw(item, directory)
+            lines += [f"![{item.title}]({path.relative_to(HERE)})", ""]
+        else:
+            lines.append(item)
+    (HERE / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n")
+    print(f"Written to {HERE.name}/RESULTS.md, with plots.")
 
 
 def machine() -> list[str]:

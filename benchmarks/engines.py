@@ -1,128 +1,76 @@
-"""A request's work on its session: load, change, save; by engine and size."""
+"""The engines that are compared, and what each of them needs."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Final, NamedTuple
 
-from django.contrib.sessions.backends import cache, cached_db, db
-from django.contrib.sessions.backends.base import SessionBase
-from django.core.cache import caches
+from benchmarks.sessions import Engine
 
-from benchmarks.measure import median, seconds, table, take_turns
-from deferred_sessions.backend import SessionStore
-
-SIZES = (300, 3_000, 30_000)  # bytes of JSON
-SESSIONS = 100
-ROUNDS = 15
-CONTROL = "LocMemCache"
+OURS: Final = "deferred_sessions"
+CONTROL: Final = "LocMemCache"
+NOTHING: Final = "stores nothing"
 
 
-class RedisStore(cache.SessionStore):
-    """Django's cache engine on Redis."""
+class Candidate(NamedTuple):
+    """A session engine under measurement."""
 
-    def __init__(self, session_key: str | None = None) -> None:
-        super().__init__(session_key)
-        self._cache = caches["redis"]
-
-
-class CachedStore(cached_db.SessionStore):
-    """Django's cached_db engine, on Redis if there is one."""
-
-    def __init__(self, session_key: str | None = None) -> None:
-        super().__init__(session_key)
-        if "REDIS_URL" in os.environ:
-            self._cache = caches["redis"]
+    module: str
+    """What SESSION_ENGINE names."""
+    cycles: int
+    """How many cycles make a round of some milliseconds."""
+    needs: str = ""
+    """A variable of the environment, or a package."""
+    cache: str = ""
+    """The cache it is to use."""
 
 
-# The engines and how many cycles of each make one round.
-ENGINES: dict[str, tuple[Callable[..., SessionBase], int]] = {
-    CONTROL: (cache.SessionStore, 2_000),
-    "deferred_sessions": (SessionStore, 2_000),
-    "Redis": (RedisStore, 300),
-    "db": (db.SessionStore, 100),
-    "cached_db": (CachedStore, 100),
+ENGINES: Final[dict[str, Candidate]] = {
+    NOTHING: Candidate("benchmarks.nothing", 2_000),
+    CONTROL: Candidate("django.contrib.sessions.backends.cache", 2_000, cache="default"),
+    OURS: Candidate("deferred_sessions.backend", 2_000),
+    "signed_cookies": Candidate("django.contrib.sessions.backends.signed_cookies", 400),
+    "cache (Redis)": Candidate(
+        "django.contrib.sessions.backends.cache", 300, "REDIS_URL", cache="redis"
+    ),
+    "db": Candidate("django.contrib.sessions.backends.db", 100),
+    "cached_db (Redis)": Candidate(
+        "django.contrib.sessions.backends.cached_db", 100, "REDIS_URL", cache="redis"
+    ),
+    "django-qsessions": Candidate("qsessions.backends.cached_db", 100, "qsessions", cache="redis"),
+    "django-user-sessions": Candidate("user_sessions.backends.db", 100, "user_sessions"),
 }
 
 
-def measure() -> Iterator[str]:
-    """Yield one table for each kind of request."""
-    engines = {name: engine for name, engine in ENGINES.items() if is_available(name)}
-    kinds = {"load + change + save": change_and_save, "load only": load_only}
-    for kind, work in kinds.items():
-        rows = []
-        for size in SIZES:
-            medians = measure_size(engines, work, size)
-            control = medians[CONTROL]
-            rows += [
-                (f"{size:,} bytes, {name}", f"{figure * 1e6:,.1f}", f"{figure / control:.2f}")
-                for name, figure in medians.items()
-            ]
-        yield table((kind, "µs", f"ratio to {CONTROL}"), rows)
+def available() -> list[str]:
+    """Return the engines whose needs are there."""
+    return [name for name, candidate in ENGINES.items() if _has(candidate.needs)]
 
 
-def is_available(name: str) -> bool:
-    """Tell whether what this engine needs is running."""
-    return name != "Redis" or "REDIS_URL" in os.environ
+def missing() -> dict[str, str]:
+    """Return what is left out, and for want of what."""
+    return {name: c.needs for name, c in ENGINES.items() if not _has(c.needs)}
 
 
-def measure_size(
-    engines: dict[str, tuple[Callable[..., SessionBase], int]],
-    work: Callable[[Callable[..., SessionBase], list[str], int], object],
-    size: int,
-) -> dict[str, float]:
-    """Return each engine's median seconds per request."""
-    candidates = {}
-    for name, (engine, number) in engines.items():
-        cycles = max(1, number * SIZES[0] * 3 // (SIZES[0] * 2 + size))
-        keys = [stored(engine, size) for _ in range(SESSIONS)]
-        candidates[name] = partial(per_cycle, partial(work, engine, keys), cycles)
-    take_turns(candidates, 1)  # to warm up
-    return {name: median(figures) for name, figures in take_turns(candidates, ROUNDS).items()}
+def engine(name: str) -> Engine:
+    """Return the session store of an engine."""
+    candidate = ENGINES[name]
+    store: Engine = import_module(candidate.module).SessionStore
+    if not candidate.cache:
+        return store
+    from django.core.cache import caches  # noqa: PLC0415 - needs Django to be set up
+
+    cache = caches[candidate.cache if candidate.cache in caches else "default"]
+
+    class SessionStore(store):  # type: ignore[misc, valid-type]
+        def __init__(self, session_key: str | None = None) -> None:
+            super().__init__(session_key)
+            self._cache = cache
+
+    return SessionStore
 
 
-def per_cycle(work: Callable[[int], object], cycles: int) -> float:
-    """Return the seconds per cycle."""
-    return seconds(partial(work, cycles)) / cycles
-
-
-def change_and_save(engine: Callable[..., SessionBase], keys: list[str], cycles: int) -> None:
-    """Do what a request does that changes its session."""
-    for number in range(cycles):
-        session = engine(keys[number % SESSIONS])
-        session["counter"] = session["counter"] + 1
-        session.save()
-
-
-def load_only(engine: Callable[..., SessionBase], keys: list[str], cycles: int) -> None:
-    """Do what a request does that only reads its session."""
-    for number in range(cycles):
-        engine(keys[number % SESSIONS])["counter"]
-
-
-def stored(engine: Callable[..., SessionBase], size: int) -> str:
-    """Store a session of about `size` bytes of JSON; return its key."""
-    session = engine()
-    session.update(content(size))
-    session.save()
-    return str(session.session_key)
-
-
-def content(size: int) -> dict[str, Any]:
-    """Return what a logged-in customer's session may hold, of about `size` bytes."""
-    data: dict[str, Any] = {
-        "_auth_user_id": "42",
-        "_auth_user_backend": "django.contrib.auth.backends.ModelBackend",
-        "_auth_user_hash": os.urandom(32).hex(),
-        "counter": 0,
-        "cart": {"12": 1, "44": 3},
-    }
-    number = 0
-    while len(json.dumps(data, separators=(",", ":"))) < size:
-        article = {"sku": f"A-{number}", "quantity": number, "price": 12.5}
-        data[f"item{number}"] = article if number % 2 else "v" * 20
-        number += 1
-    return data
+def _has(need: str) -> bool:
+    return not need or need in os.environ or (need.islower() and find_spec(need) is not None)

@@ -13,8 +13,8 @@ from functools import partial
 import psycopg
 from django.db import connection
 
-from benchmarks.engines import content
-from benchmarks.measure import median, seconds, table, take_turns
+from benchmarks.measure import Goal, Scale, Table, medians, ratio, seconds, take_turns
+from benchmarks.sessions import content
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime
@@ -23,28 +23,65 @@ from deferred_sessions.servers.rows import Columns
 from deferred_sessions.writer import RecordWriter
 
 NUMBERS = (1_000, 10_000)
-ROUNDS = 11
 SIZE = 300
 
 
-def measure() -> Iterator[str]:
-    """Yield one table."""
+def measure(scale: Scale) -> Iterator[Table | Goal]:
+    """Yield a table of rates, and one of what many updates do to the table."""
     rows = []
     for number in NUMBERS:
+        scale.progress(f"flushing {number:,} sessions")
         bench = Bench(number)
         figures = take_turns(
             {"bare": bench.bare_statement, "flush": bench.flush, "one": bench.one_statement},
-            ROUNDS,
+            scale.of(11, 3),
         )
-        bare = number / median(figures["bare"])
-        flush = number / median(figures["flush"])
-        one = number / median(figures["one"])
-        share = f"{flush / bare:.2f}"
-        rows.append((f"{number:,} dirty", f"{bare:,.0f}", f"{one:,.0f}", f"{flush:,.0f}", share))
-    yield table(
-        ("300-byte sessions", "bare, in batches", "bare, at once", "flush", "flush / bare"),
-        rows,
+        rates = {name: number / value for name, value in medians(figures).items()}
+        share, spread = ratio(figures, "one", "flush")
+        rates_and_share = (
+            *(f"{rates[name]:,.0f}" for name in ("bare", "one", "flush")),
+            f"{share:.2f}",
+        )
+        rows.append((f"{number:,} dirty", *rates_and_share))
+    title = "rows per second, 300-byte sessions"
+    header = ("sessions", "bare, in batches", "bare, at once", "flush", "flush / bare at once")
+    yield Table(title, header, rows)
+    what = f"flush of {number:,}, of the rows/s of the bare statement"
+    yield Goal(what, share, 0.7, is_least=True, spread=spread)
+    yield from wear(bench, scale)
+
+
+def wear(bench: Bench, scale: Scale) -> Iterator[Table | Goal]:
+    """Yield what 200,000 updates leave of the table."""
+    times = scale.of(20, 2)
+    scale.progress(f"flushing {NUMBERS[-1]:,} sessions {times} times more")
+    with connection.cursor() as cursor:
+        cursor.execute("VACUUM FULL deferred_sessions_session")
+    first, updates, hot = _table()
+    for _ in range(times):
+        bench.flush(vacuum=False)
+    last, all_updates, all_hot = _table()
+    share = (all_hot - hot) / max(1, all_updates - updates)
+    yield Table(
+        f"the table after {times * NUMBERS[-1]:,} flushed updates, without a vacuum",
+        ("size before, bytes", "size after", "HOT updates"),
+        [(f"{first:,}", f"{last:,}", f"{share:.3f}")],
     )
+    yield Goal("share of HOT updates", share, 0.95, is_least=True)
+    yield Goal("size of the table after them, to its first", last / first, 1.5)
+
+
+def _table() -> tuple[int, int, int]:
+    """Return the size of the table, its updates and those that were HOT."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_stat_force_next_flush()")
+        cursor.execute("SELECT pg_stat_clear_snapshot()")
+        cursor.execute(
+            "SELECT pg_relation_size(relid), n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables "
+            "WHERE relname = 'deferred_sessions_session'"
+        )
+        size, updates, hot = cursor.fetchone()
+    return size, updates, hot
 
 
 class Bench:
@@ -58,12 +95,13 @@ class Bench:
         self._keys = sorted(self._create() for _ in range(number))
         self._turn = 0
 
-    def flush(self) -> float:
+    def flush(self, *, vacuum: bool = True) -> float:
         """Make all dirty, flush; return the seconds of the flush."""
         self._make_dirty()
         later = time.time() + self._runtime.settings.policy.interval + 1
         taken = seconds(partial(self._flush, later))
-        self._vacuum()
+        if vacuum:
+            self._vacuum()
         return taken
 
     def bare_statement(self) -> float:
@@ -84,7 +122,7 @@ class Bench:
         self._turn += 1
         for key in self._keys:
             session = SessionStore(key)
-            session["counter"] = self._turn
+            session["count"] = self._turn
             session.save()
 
     def _flush(self, now: float) -> None:

@@ -9,38 +9,39 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from django.contrib.sessions.backends.base import SessionBase
-
-from benchmarks.measure import table
-from deferred_sessions.backend import SessionStore
+from benchmarks.engines import CONTROL, NOTHING, OURS, available, engine
+from benchmarks.measure import Goal, Scale, Table
+from benchmarks.sessions import Engine
 
 PROCESSES, THREADS, INCREMENTS = 4, 3, 150
-ENGINES = ("deferred_sessions", "db", "cached_db", "Redis")
+UPDATES = PROCESSES * THREADS * INCREMENTS
 WAYS = ("plain", "lock")
 
 
-def measure() -> Iterator[str]:
+def measure(scale: Scale) -> Iterator[Table | Goal]:
     """Yield one table."""
-    from benchmarks.engines import ENGINES as CLASSES  # noqa: PLC0415 - of one process only
-    from benchmarks.engines import is_available  # noqa: PLC0415
-
     rows = []
-    for name in filter(is_available, ENGINES):
-        for way in WAYS if name == "deferred_sessions" else WAYS[:1]:
-            engine = CLASSES[name][0]
-            kept = [run(name, engine, way, is_shared=is_shared) for is_shared in (False, True)]
-            rows.append((f"{name}, under `lock`" if way == "lock" else name, *map(str, kept)))
-    updates = PROCESSES * THREADS * INCREMENTS
-    workers = f"{PROCESSES} processes x {THREADS} threads x {INCREMENTS} = {updates:,} updates"
-    yield table((workers, "kept, a key each", "kept, one key"), rows)
+    for name in available():
+        for way in WAYS if name == OURS else WAYS[:1]:
+            if name not in (NOTHING, CONTROL, "signed_cookies"):  # these share nothing
+                scale.progress(f"overlapping requests, {name}")
+                kept = [run(name, way, is_shared=is_shared) for is_shared in (False, True)]
+                rows.append((f"{name}, under `lock`" if way == "lock" else name, *map(str, kept)))
+                if name == OURS:
+                    updates = kept[0] if way == "plain" else kept[1]
+                    what = "updates kept, a key each" if way == "plain" else "one key under `lock`"
+                    yield Goal(f"{what}, of {UPDATES:,}", updates, UPDATES, is_least=True)
+    workers = f"{PROCESSES} processes x {THREADS} threads x {INCREMENTS} = {UPDATES:,} updates"
+    yield Table(f"updates that are kept: {workers}", ("engine", "a key each", "one key"), rows)
 
 
-def run(name: str, engine: Callable[..., SessionBase], way: str, *, is_shared: bool) -> int:
+def run(name: str, way: str, *, is_shared: bool) -> int:
     """Return how many updates of one session were kept."""
-    session = engine()
+    store = engine(name)
+    session = store()
     session["begun"] = True
     session.save()
     key = str(session.session_key)
@@ -51,13 +52,14 @@ def run(name: str, engine: Callable[..., SessionBase], way: str, *, is_shared: b
     ]
     for worker in workers:
         worker.wait()
-    return sum(value for part, value in engine(key).items() if part != "begun")
+    content = store(key).items()
+    return sum(value for part, value in content if part.startswith(("own", "shared")))
 
 
-def work(engine: Callable[..., SessionBase], way: str, key: str, part: str) -> None:
+def work(store: Engine, way: str, key: str, part: str) -> None:
     """Do what one thread does."""
     for _ in range(INCREMENTS):
-        session: Any = engine(key)
+        session: Any = store(key)
         if way == "lock":
             with session.lock(part, timeout=60):
                 session[part] = session.get(part, 0) + 1
@@ -68,11 +70,8 @@ def work(engine: Callable[..., SessionBase], way: str, key: str, part: str) -> N
 
 def main(name: str, way: str, key: str, part: str) -> None:
     """Be one of the processes."""
-    from benchmarks.engines import ENGINES as CLASSES  # noqa: PLC0415
-
-    engine = SessionStore if name == "deferred_sessions" else CLASSES[name][0]
     parts = [part if part == "shared" else f"{part}.{number}" for number in range(THREADS)]
-    threads = [threading.Thread(target=work, args=(engine, way, key, p)) for p in parts]
+    threads = [threading.Thread(target=work, args=(engine(name), way, key, p)) for p in parts]
     for thread in threads:
         thread.start()
     for thread in threads:

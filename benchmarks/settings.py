@@ -1,10 +1,29 @@
-"""Settings of the measurements: the test project's, with caches to compare with."""
+"""Settings of the measurements: the test project's, with engines and caches to compare with.
+
+ENGINE names the engine that web servers are to use, see `benchmarks.engines`.
+"""
 
 from __future__ import annotations
 
 import os
 
+from benchmarks.engines import ENGINES, NOTHING, OURS, available
 from testproject.settings import *  # noqa: F403 - this is how Django's settings are extended
+from testproject.settings import INSTALLED_APPS as TEST_APPS
+
+ENGINE = os.environ.get("ENGINE", OURS)
+SESSION_ENGINE = ENGINES[ENGINE].module
+OTHERS = {"django-qsessions": "qsessions", "django-user-sessions": "user_sessions"}
+INSTALLED_APPS = [*TEST_APPS, *(OTHERS[name] for name in available() if name in OTHERS)]
+SILENCED_SYSTEM_CHECKS = ["deferred_sessions.W001"]
+
+# Nothing beside the sessions: that is what is compared.
+MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
+if ENGINE in ("django-qsessions", "django-user-sessions"):
+    MIDDLEWARE = [f"{OTHERS[ENGINE]}.middleware.SessionMiddleware"]
+if "ASYNC" in os.environ and ENGINE in (OURS, NOTHING):
+    package = "deferred_sessions.middleware" if ENGINE == OURS else "benchmarks.nothing"
+    MIDDLEWARE = [f"{package}.SessionMiddleware"]
 
 CACHES = {
     "default": {
@@ -17,3 +36,5 @@ if "REDIS_URL" in os.environ:
         "BACKEND": "django.core.cache.backends.redis.RedisCache",
         "LOCATION": os.environ["REDIS_URL"],
     }
+    if ENGINES[ENGINE].cache == "redis":
+        SESSION_CACHE_ALIAS = "redis"

@@ -7,16 +7,14 @@ exactly what SESSION_SERIALIZER would have made.
 
 Sessions are small changes to the same few keys, again and again. So for Django's own
 JSON serializer a save encodes only the keys that changed, and a load copies without
-decoding. Scalars are immutable and may be shared; nested values are copied and
-compared as `marshal` bytes, which is exact (`==` is not: 1 == True) and faster than
-anything else in the standard library. Those bytes never leave the process's memory.
+decoding. Scalars are immutable and may be shared; nested values are kept and compared
+packed (see `lazy_session`). Packed values never leave the process's memory.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import marshal
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import compress
@@ -26,6 +24,8 @@ from typing import Any, Final, Protocol
 
 from django.contrib.sessions.serializers import JSONSerializer
 
+from deferred_sessions.lazy_session import LazySession, Packed, packed
+
 logger = logging.getLogger(__name__)
 
 Session = dict[str, Any]
@@ -33,10 +33,11 @@ Session = dict[str, Any]
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _TEXT: Final = frozenset({str})
 _MISSING: Final = object()
-_NESTED: Final = object()
 _NOTHING: Final[Mapping[str, Any]] = {}
-_MARSHAL: Final = 2  # no references and no interning: equal values make equal bytes
-_loaded: Final = marshal.loads
+_keys: Final = dict.keys  # as they are, also of a `LazySession`
+_values: Final = dict.values
+_items: Final = dict.items
+_value: Final = dict.__getitem__
 _encode_value: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -141,7 +142,7 @@ class JsonCodec:
 class _JsonSnapshot:
     """A session taken apart by key, as soon as that is needed."""
 
-    __slots__ = ("_fragments", "_nested", "_nested_keys", "_values", "is_own", "payload")
+    __slots__ = ("_fragments", "_is_flat", "_values", "is_own", "payload")
 
     def __init__(
         self, payload: bytes, fragments: Mapping[str, str] = _NOTHING, *, is_own: bool = False
@@ -150,34 +151,30 @@ class _JsonSnapshot:
         self.is_own = is_own
         """This process made the payload, so it may well make the next one, too."""
         self._values: Session | None = None
-        """All keys, in order; scalars are shared, for others `_NESTED` stands in."""
-        self._nested_keys: Mapping[str, None] = _NOTHING
-        """The keys of the values that are not scalars, in order."""
-        self._nested = b""
-        """The list of those values, marshalled."""
+        """All keys, in order; scalars are shared, others are packed."""
+        self._is_flat = True
+        """Nothing is packed."""
         self._fragments = fragments
         """The text of all keys and values as it stands in the payload, if known."""
 
     def copy(self) -> Session:
         try:
-            session = (self._values or self._take_apart()).copy()
+            values = self._values or self._take_apart()
         except _TooDeepError:
             return _readable(JSONSerializer, self.payload)
-        if self._nested:
-            session.update(zip(self._nested_keys, _loaded(self._nested)))  # noqa: B905
-        return session
+        return values.copy() if self._is_flat else LazySession(values)
 
     def changed_to(self, session: Session) -> tuple[Snapshot, Iterable[str]]:
         try:
             values, known = self._values or self._take_apart(), self._fragments
         except _TooDeepError:
             return _SerializerSnapshot(self.payload, JSONSerializer).changed_to(session)
-        has_same_keys = list(session) == list(values)
-        changed = self._changed_keys(session, values, has_same_keys=has_same_keys)
+        has_same_keys = [*_keys(session)] == [*values]
+        changed = _changed_keys(session, values, has_same_keys=has_same_keys)
         if has_same_keys and not changed:
             return self, ()
         if not (known and has_same_keys) and not (
-            self.is_own and _TEXT.issuperset(map(type, session))
+            self.is_own and _TEXT.issuperset(map(type, _keys(session)))
         ):
             # Taking a payload apart pays only for a session that this process goes on
             # writing; and a key that is no string becomes one in JSON.
@@ -186,62 +183,69 @@ class _JsonSnapshot:
         if known and has_same_keys:
             fragments = {**known}
         else:
-            fragments = {key: known.get(key, "") for key in session}
-        for key in changed if known else session:
+            fragments = {key: known.get(key, "") for key in _keys(session)}
+        for key in changed if known else _keys(session):
             fragments[key] = _fragment(key, session[key])
         payload = f"{{{','.join(fragments.values())}}}".encode("latin-1")
         after = _JsonSnapshot(payload, fragments, is_own=True)
-        if has_same_keys and self._are_scalars(session, changed):
-            after._nested, after._nested_keys = self._nested, self._nested_keys
-            after._values = values.copy()
-            for key in changed:
-                after._values[key] = session[key]
-            return after, changed
-        old = self.copy()
-        renewed = {key: json.loads(f"{{{fragments[key]}}}")[key] for key in changed}
         with suppress(_TooDeepError):
-            after._set_values({key: renewed.get(key, old.get(key)) for key in session})
+            after._set_changed(self, session, changed, has_same_keys=has_same_keys)
+        if has_same_keys:
+            return after, changed
         return after, _with_removed(changed, session, values)
 
-    def _changed_keys(self, session: Session, values: Session, *, has_same_keys: bool) -> list[str]:
-        """Return the keys of `session` whose value is not exactly the one here."""
-        if has_same_keys:  # at the speed of C
-            suspects = list(compress(session, map(is_not, session.values(), values.values())))
-        else:
-            suspects = [k for k, v in session.items() if v is not values.get(k, _MISSING)]
-        nested = self._nested_keys
-        if not nested:
-            return suspects
-        if _marshalled([*map(session.get, nested)]) == self._nested:
-            return [key for key in suspects if key not in nested]
-        old = dict(zip(nested, _loaded(self._nested), strict=True))
-        return [
-            key
-            for key in suspects
-            if key not in old or _marshalled(session[key]) != _marshalled(old[key])
-        ]
-
-    def _are_scalars(self, session: Session, keys: Iterable[str]) -> bool:
-        """Tell whether the values of `keys` are scalars, here as well as in `session`."""
-        for key in keys:
-            if key in self._nested_keys or type(session[key]) not in _SCALARS:
-                return False
-        return True
+    def _set_changed(
+        self, before: _JsonSnapshot, session: Session, changed: list[str], *, has_same_keys: bool
+    ) -> None:
+        """Take over what has not changed from `before`, the rest from `session`."""
+        old = before._values or _NOTHING
+        values = {**old} if has_same_keys else {key: old.get(key) for key in _keys(session)}
+        is_flat = before._is_flat
+        for key in changed:
+            value = session[key]
+            if type(value) not in _SCALARS:
+                # As it will be decoded: JSON makes lists of tuples, and text of all keys.
+                (value,) = json.loads(f"{{{self._fragments[key]}}}").values()
+                value = _in_store(value)
+                is_flat = is_flat and type(value) is not Packed
+            values[key] = value
+        self._values, self._is_flat = values, is_flat
 
     def _take_apart(self) -> Session:
         if self._values is None:
-            return self._set_values(_readable(JSONSerializer, self.payload))
+            values = _readable(JSONSerializer, self.payload)
+            kept = {key: _in_store(value) for key, value in values.items()}
+            self._is_flat = Packed not in map(type, kept.values())
+            self._values = kept
+            return kept
         return self._values
 
-    def _set_values(self, values: Session) -> Session:
-        """Keep `values`, which must be decoded ones: JSON makes lists of tuples."""
-        nested = {key: value for key, value in values.items() if type(value) not in _SCALARS}
-        marshalled = _marshalled(list(nested.values())) if nested else b""
-        if marshalled is None:
-            raise _TooDeepError
-        self._nested_keys, self._nested = dict.fromkeys(nested), marshalled
-        self._values = {**values, **dict.fromkeys(nested, _NESTED)}
-        return self._values
+
+def _in_store(value: Any) -> Any:
+    """Return a decoded `value` such that it can be shared: packed, unless it is a scalar."""
+    if type(value) in _SCALARS:
+        return value
+    kept = packed(value)
+    if kept is None:
+        raise _TooDeepError
+    return kept
+
+
+def _changed_keys(session: Session, values: Session, *, has_same_keys: bool) -> list[str]:
+    """Return the keys of `session` whose value is not exactly the one in `values`."""
+    suspects: Iterable[str]
+    if has_same_keys:  # at the speed of C
+        suspects = compress(values, map(is_not, _values(session), values.values()))
+    else:
+        suspects = (k for k, v in _items(session) if v is not values.get(k, _MISSING))
+    return [key for key in suspects if _is_other(_value(session, key), values.get(key, _MISSING))]
+
+
+def _is_other(new: Any, old: Any) -> bool:
+    """Tell whether `new` would be stored as something else than `old`, as it is stored."""
+    if type(old) is Packed:
+        return (new if type(new) is Packed else packed(new)) != old
+    return type(new) is not type(old) or type(new) is float or bool(new != old)
 
 
 class _TooDeepError(Exception):
@@ -263,14 +267,6 @@ def _differ(old: Any, new: Any) -> bool:
         return bool(old != new)
     except Exception:  # noqa: BLE001 - an array, for one, answers with an array
         return True
-
-
-def _marshalled(value: Any) -> bytes | None:
-    """Return bytes that are equal for exactly equal plain values; None for others."""
-    try:
-        return marshal.dumps(value, _MARSHAL)
-    except ValueError:
-        return None
 
 
 def _fragment(key: str, value: Any) -> str:

@@ -287,9 +287,9 @@ def test_deeper_than_marshal_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = codec_for(JSONSerializer)
     flat = codec.encode({"n": 1, "deep": []})
     shallow, _ = flat.changed_to({"n": 2, "deep": []})
-    marshalled = payload_module._marshalled
+    real = payload_module.packed
     monkeypatch.setattr(
-        payload_module, "_marshalled", lambda v: None if str(v).count("[") > 20 else marshalled(v)
+        payload_module, "packed", lambda v: None if str(v).count("[") > 20 else real(v)
     )
     session = {"n": 1, "deep": nested(50)}
 

@@ -1,0 +1,21 @@
+-- Requests of many visitors, for wrk: a cookie of KEYS each, in turn; DELAY ms between two.
+local keys, number = {}, 0
+for line in io.lines(os.getenv("KEYS")) do keys[#keys + 1] = line end
+
+function request()
+  number = number + 1
+  wrk.headers["Cookie"] = "sessionid=" .. keys[number % #keys + 1]
+  return wrk.format("GET")
+end
+
+local pause = tonumber(os.getenv("DELAY") or "0")
+if pause > 0 then
+  function delay() return pause end
+end
+
+function done(summary, latency)
+  local errors = summary.errors
+  local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout
+  io.write(string.format("RESULT %d %d %d %d\n",
+    summary.requests, summary.duration, latency:percentile(99), failed))
+end

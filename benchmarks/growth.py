@@ -1,0 +1,187 @@
+"""What becomes of speed and memory when the host holds a million sessions."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from django.test import override_settings
+from django.utils.crypto import get_random_string
+
+from benchmarks.engines import NOTHING, OURS
+from benchmarks.measure import Goal, Plot, Scale, Table, median, seconds, take_turns
+from benchmarks.sessions import content
+from deferred_sessions import lifecycle
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.conf import raw_settings
+from deferred_sessions.record import SessionRecord
+from deferred_sessions.runtime import Runtime, get_runtime
+
+FEW, DUE, CYCLES = 1_000, 1_000, 2_000
+SIZE = 300
+STORE_SIZE = 1 << 30
+FRESH = """
+import json, os, sys, time
+import django; django.setup()
+from pathlib import Path
+from django.test import Client
+from benchmarks.settings import SESSION_ENGINE
+from importlib import import_module
+store = import_module(SESSION_ENGINE).SessionStore
+keys = json.load(sys.stdin)
+client = Client()
+client.get("/probe/nothing/")
+client.cookies["sessionid"] = keys.pop()
+started = time.perf_counter()
+assert client.get("/probe/count/").status_code == 200
+first = time.perf_counter() - started
+for key in keys:
+    session = store(key)
+    session["count"] = session["count"] + 1
+    session.save()
+lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+own = next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+print(json.dumps([first, own * 1024]))
+"""
+
+
+class Store(NamedTuple):
+    """A host store with sessions that PostgreSQL has."""
+
+    runtime: Runtime
+    keys: list[str]
+    payload: int
+    """Bytes of all payloads."""
+
+
+def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
+    """Yield tables of few and many sessions."""
+    many = scale.of(1_000_000, 50_000)
+    rows, figures = [], {}
+    for number in (FEW, many):
+        place = f"{os.environ['SESSION_DIRECTORY']}-{number}"
+        own: dict[str, Any] = {**dict(raw_settings()), "DIRECTORY": place, "STORE_SIZE": STORE_SIZE}  # type: ignore[call-overload]
+        with override_settings(DEFERRED_SESSIONS=own):
+            scale.progress(f"filling a store with {number:,} sessions")
+            store = filled(number)
+            figures[number] = of(store, scale)
+            if number == many:
+                yield from workers(store, place, scale)
+        rows.append((f"{number:,} sessions", *(f"{f:,.1f}" for f in figures[number])))
+    header = ("held", "load + change + save, µs", f"tick with {DUE:,} due, ms", "store / payload")
+    yield Table(
+        "few and many sessions in the host store, each as likely as any other", header, rows
+    )
+    (cycle, tick, share), (few_cycle, few_tick, _) = figures[many], figures[FEW]
+    yield Goal(f"load + change + save, {many:,} sessions to {FEW:,}", cycle / few_cycle, 1.6)
+    yield Goal("host store, to the bytes of the payloads", share, 2.0)
+    yield Goal(f"tick with {DUE:,} due, {many:,} sessions to {FEW:,}", tick / few_tick, 1.2)
+    bars = {f"{number:,}": figures[number][0] for number in figures}
+    yield Plot("growth", "load + change + save, by sessions held", bars, "µs")
+
+
+def filled(number: int) -> Store:
+    """Fill an empty store; as if each had been loaded from PostgreSQL."""
+    runtime, now = get_runtime(), time.time()
+    payload = runtime.codec.encode(content(SIZE)).payload
+    keys = [get_random_string(32) for _ in range(number)]
+    for start in range(0, number, 1000):
+        runtime.store.update_many(
+            {key: partial(_loaded, key, payload, now) for key in keys[start : start + 1000]}
+        )
+    return Store(runtime, keys, number * len(payload))
+
+
+def _loaded(key: str, payload: bytes, now: float, _: SessionRecord | None) -> SessionRecord:
+    return lifecycle.loaded(
+        key,
+        payload,
+        "42",
+        version=1,
+        fence=0,
+        created_at=now,
+        expires_at=now + 1_209_600,
+        written_at=now,
+        now=now,
+    )
+
+
+def of(store: Store, scale: Scale) -> tuple[float, float, float]:
+    """Return µs of a cycle, ms of a tick, and bytes of the store for a byte of payload."""
+    share = store.runtime.store.status().used / store.payload
+    rounds = scale.of(9, 3)
+    scale.progress(f"cycles among {len(store.keys):,} sessions")
+    cycles = take_turns({"cycle": partial(seconds, partial(change_some, store, CYCLES))}, rounds)
+    ticks = [tick(store) for _ in range(rounds)]
+    return median(cycles["cycle"]) / CYCLES * 1e6, median(ticks) * 1e3, share
+
+
+def change_some(store: Store, number: int) -> list[str]:
+    """Change sessions at random; return which."""
+    keys = random.choices(store.keys, k=number)
+    for key in keys:
+        session = SessionStore(key)
+        session["count"] = session["count"] + 1
+        session.save()
+    return keys
+
+
+def tick(store: Store) -> float:
+    """Return how long it takes to find and mark what is due; without PostgreSQL."""
+    host, later = store.runtime.store, time.time() + 61
+    for batch in iter(lambda: host.due(later, limit=1000), []):
+        host.clean_many(batch, later)
+    for key in random.sample(store.keys, DUE):
+        session = SessionStore(key)
+        session["count"] = session["count"] + 1
+        session.save()
+    return seconds(lambda: host.clean_many(host.due(later, limit=DUE), later))
+
+
+def workers(store: Store, place: str, scale: Scale) -> Iterator[Table | Goal]:
+    """Yield what a new worker takes: time for its first request, and memory."""
+    scale.progress("starting workers")
+    keys = random.sample(store.keys, min(20_000, len(store.keys)))
+    figures = {
+        name: [fresh(name, keys, place) for _ in range(scale.of(5, 1))] for name in (NOTHING, OURS)
+    }
+    middle = {
+        name: (median([first for first, _ in each]) * 1e3, median([size for _, size in each]) / 1e6)
+        for name, each in figures.items()
+    }
+    rows = [(name, f"{first:.1f}", f"{size:.1f}") for name, (first, size) in middle.items()]
+    title = f"a new worker with {len(store.keys):,} sessions on the host; it serves {len(keys):,}"
+    yield Table(title, ("engine", "first request, ms", "memory of its own, MB"), rows)
+    first, size = (
+        ours - theirs for ours, theirs in zip(middle[OURS], middle[NOTHING], strict=True)
+    )
+    yield Goal("first request, beyond the engine that does nothing", first, 20, unit=" ms")
+    yield Goal("memory of a worker, beyond it", size, 30, unit=" MB")
+
+
+def fresh(name: str, keys: list[str], place: str) -> tuple[float, float]:
+    """Return the seconds of a new process's first request, and its bytes in the end."""
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH],
+        input=json.dumps(keys),
+        env={
+            **os.environ,
+            "ENGINE": name,
+            "SESSION_DIRECTORY": place,
+            "DEFERRED_SESSIONS": json.dumps({"STORE_SIZE": STORE_SIZE}),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    first, size = json.loads(done.stdout)
+    return first, size

@@ -1,0 +1,147 @@
+"""Requests per second behind real web servers, and what the slowest visitors wait."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from benchmarks.engines import CONTROL, NOTHING, OURS, available, engine
+from benchmarks.measure import Figures, Goal, Plot, Scale, Table, medians, ratio, take_turns
+from benchmarks.server import Server
+from benchmarks.sessions import stored
+
+VISITORS = 200
+LOAD = 0.7  # of what the server can do
+DIRTY = 10_000
+POLLER = """
+import sys, time
+import django; django.setup()
+from benchmarks.sessions import stored
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.runtime import get_runtime
+keys = [stored(SessionStore, 300) for _ in range(int(sys.argv[1]))]
+print("ready", flush=True)
+turn = 0
+while True:
+    turn += 1
+    for key in keys:
+        session = SessionStore(key)
+        session["count"] = turn
+        session.save()
+    assert get_runtime().flusher.flush_once(time.time() + 61).updated >= len(keys)
+    time.sleep(2)
+"""
+
+
+def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
+    """Yield a table for each kind of server."""
+    if shutil.which("wrk") is None:
+        return
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        names = [name for name in available() if name != CONTROL]  # every worker has its own
+        scale.progress("starting web servers")
+        servers = {name: server(stack, name, place) for name in names}
+        figures = rates(servers, "/probe/count/", scale)
+        yield from of_gunicorn(figures)
+        yield from latencies(servers, figures, scale)
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        both = {name: server(stack, name, place, asynchronous=True) for name in (NOTHING, OURS)}
+        figures = rates(both, "/probe/acount/", scale)
+        yield from of_uvicorn(figures)
+
+
+def server(stack: ExitStack, name: str, place: Path, *, asynchronous: bool = False) -> Server:
+    """Start a server with an engine, and sessions for it."""
+    keys = [stored(engine(name), 300) for _ in range(VISITORS)]
+    started = Server(name, keys, place, asynchronous=asynchronous)
+    stack.callback(started.stop)
+    return started
+
+
+def rates(servers: dict[str, Server], path: str, scale: Scale) -> Figures:
+    """Return the seconds per request of each server, by round."""
+
+    def ask(name: str) -> float:
+        return 1 / servers[name].ask(path, scale.of(4, 1)).rate
+
+    candidates: dict[str, Callable[[], float]] = {name: partial(ask, name) for name in servers}
+    scale.progress(f"asking {len(servers)} servers for {path}")
+    take_turns(candidates, 1)  # to warm up
+    return take_turns(candidates, scale.of(7, 1))
+
+
+def of_gunicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
+    """Yield what the figures of the synchronous servers show."""
+    yield table_of("behind gunicorn, 2 workers, wrk; each request changes its session", figures)
+    for name, limit, what in (
+        (NOTHING, 0.9, "of the engine that does nothing"),
+        ("cache (Redis)", 3.0, "times the Redis cache"),
+        ("db", 6.0, "times db"),
+    ):
+        if name in figures:
+            value, spread = ratio(figures, name, OURS)
+            yield Goal(f"requests/s, gunicorn, {what}", value, limit, is_least=True, spread=spread)
+    per_second = {name: 1 / value for name, value in medians(figures).items()}
+    yield Plot("requests", "requests per second behind gunicorn", per_second, "requests/s")
+
+
+def of_uvicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
+    """Yield what the figures of the asynchronous servers show."""
+    yield table_of(
+        "behind uvicorn, 2 workers, async view; each request changes its session", figures
+    )
+    value, spread = ratio(figures, NOTHING, OURS)
+    what = "requests/s, uvicorn, of the engine that does nothing"
+    yield Goal(what, value, 0.9, is_least=True, spread=spread)
+
+
+def table_of(title: str, figures: Figures) -> Table:
+    """Return the requests per second of each engine, as a share of the one that does nothing."""
+    middle = medians(figures)
+    rows = [
+        (name, f"{1 / value:,.0f}", f"{middle[NOTHING] / value:.2f}")
+        for name, value in sorted(middle.items(), key=lambda item: item[1])
+    ]
+    return Table(title, ("engine", "requests/s", "share"), rows)
+
+
+def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Iterator[Table | Goal]:
+    """Yield the 99th percentile at 70 % load, without sessions and with a busy poller."""
+    rate = LOAD / medians(figures)[OURS]
+    scale.progress(f"asking at {rate:,.0f} requests/s while {DIRTY:,} sessions are flushed")
+
+    def ask(name: str) -> float:
+        return servers[name].ask("/probe/count/", scale.of(5, 2), rate=rate).p99
+
+    with poller():
+        results = take_turns({name: partial(ask, name) for name in (NOTHING, OURS)}, scale.of(7, 1))
+    rows = [(name, f"{value * 1000:.1f}") for name, value in medians(results).items()]
+    title = f"99th percentile at {LOAD:.0%} load, while a poller flushes {DIRTY:,} sessions"
+    yield Table(title, ("engine", "ms"), rows)
+    value, spread = ratio(results, OURS, NOTHING)
+    yield Goal("p99 at 70 % load while flushing, to no sessions", value, 1.5, spread=spread)
+
+
+@contextmanager
+def poller() -> Iterator[None]:
+    """Have another process change and flush many sessions, every two seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", POLLER, str(DIRTY)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        if process.stdout is None or process.stdout.readline() != "ready\n":
+            raise RuntimeError("The poller did not start.")
+        yield
+        if process.poll() is not None:
+            raise RuntimeError("The poller died.")
+    finally:
+        process.kill()
+        process.wait()
