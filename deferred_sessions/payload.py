@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from itertools import compress
 from json.encoder import encode_basestring_ascii
@@ -59,9 +59,12 @@ class Snapshot(Protocol):
     def copy(self) -> Session:
         """Return a session that belongs to the caller alone."""
 
-    def changed_to(self, session: Session) -> tuple[Snapshot, Iterable[str]]:
+    def changed_to(
+        self, session: Session, watched: Container[str] | None = None
+    ) -> tuple[Snapshot, Iterable[str]]:
         """Return the snapshot of `session`, and the keys in which the two differ.
 
+        With `watched` only those of them are certain; of others there may be too many.
         Returns this snapshot itself if `session` is exactly as it is here. Raises
         whatever the serializer raises; nothing is changed then.
         """
@@ -116,7 +119,11 @@ class _SerializerSnapshot:
     def copy(self) -> Session:
         return _readable(self._serializer, self.payload)
 
-    def changed_to(self, session: Session) -> tuple[Snapshot, Iterable[str]]:
+    def changed_to(
+        self,
+        session: Session,
+        watched: Container[str] | None = None,  # noqa: ARG002 - nothing to gain from it
+    ) -> tuple[Snapshot, Iterable[str]]:
         payload = self._serializer().dumps(session)
         if payload == self.payload:
             return self, ()
@@ -132,7 +139,7 @@ class JsonCodec:
 
     def encode(self, session: Session) -> Snapshot:
         """See `Codec`."""
-        return _JsonSnapshot(JSONSerializer().dumps(session), is_own=True)
+        return _JsonSnapshot(_encoded(session), is_own=True)
 
     def text(self, value: Any) -> object:
         """See `Codec`."""
@@ -140,9 +147,13 @@ class JsonCodec:
 
 
 class _JsonSnapshot:
-    """A session taken apart by key, as soon as that is needed."""
+    """A session taken apart by key, as soon as that pays.
 
-    __slots__ = ("_fragments", "_is_flat", "_values", "is_own", "payload")
+    What another process saved is used once, more often than not, before it saves again: so
+    the first copy is the decoded session itself, and a save then encodes all of it.
+    """
+
+    __slots__ = ("_first", "_fragments", "_is_flat", "_values", "is_own", "payload")
 
     def __init__(
         self, payload: bytes, fragments: Mapping[str, str] = _NOTHING, *, is_own: bool = False
@@ -150,6 +161,9 @@ class _JsonSnapshot:
         self.payload = payload
         self.is_own = is_own
         """This process made the payload, so it may well make the next one, too."""
+        self._first: Session | None = None
+        """What the first copy of another process's session had at first. Its nested values
+        are that request's: good for nothing here."""
         self._values: Session | None = None
         """All keys, in order; scalars are shared, others are packed."""
         self._is_flat = True
@@ -158,13 +172,21 @@ class _JsonSnapshot:
         """The text of all keys and values as it stands in the payload, if known."""
 
     def copy(self) -> Session:
+        if self._values is None and self._first is None and not self.is_own:
+            session = _readable(JSONSerializer, self.payload)
+            self._first = session.copy()
+            return session
         try:
             values = self._values or self._take_apart()
         except _TooDeepError:
             return _readable(JSONSerializer, self.payload)
         return values.copy() if self._is_flat else LazySession(values)
 
-    def changed_to(self, session: Session) -> tuple[Snapshot, Iterable[str]]:
+    def changed_to(
+        self, session: Session, watched: Container[str] | None = None
+    ) -> tuple[Snapshot, Iterable[str]]:
+        if self._values is None and self._first is not None:
+            return self._changed_at_first(self._first, session, watched)
         try:
             values, known = self._values or self._take_apart(), self._fragments
         except _TooDeepError:
@@ -178,7 +200,7 @@ class _JsonSnapshot:
         ):
             # Taking a payload apart pays only for a session that this process goes on
             # writing; and a key that is no string becomes one in JSON.
-            after = _JsonSnapshot(JSONSerializer().dumps(session), is_own=True)
+            after = _JsonSnapshot(_encoded(session), is_own=True)
             return after, _with_removed(changed, session, values)
         if known and has_same_keys:
             fragments = {**known}
@@ -193,6 +215,26 @@ class _JsonSnapshot:
         if has_same_keys:
             return after, changed
         return after, _with_removed(changed, session, values)
+
+    def _changed_at_first(
+        self, first: Session, session: Session, watched: Container[str] | None
+    ) -> tuple[Snapshot, Iterable[str]]:
+        """Do what `changed_to` does, for the session that was copied first."""
+        payload = _encoded(session)
+        if payload == self.payload:
+            return self, ()
+        changed, old = [], None
+        for key, value in _items(session):
+            if type(value) in _SCALARS:
+                before = first.get(key, _MISSING)
+                if value is before or not _is_other(value, before):
+                    continue
+            elif watched is None or key in watched:
+                old = old or _readable(JSONSerializer, self.payload)
+                if key in old and _encode_value(old[key]) == _encode_value(value):
+                    continue
+            changed.append(key)
+        return _JsonSnapshot(payload, is_own=True), _with_removed(changed, session, first)
 
     def _set_changed(
         self, before: _JsonSnapshot, session: Session, changed: list[str], *, has_same_keys: bool
@@ -216,9 +258,14 @@ class _JsonSnapshot:
             values = _readable(JSONSerializer, self.payload)
             kept = {key: _in_store(value) for key, value in values.items()}
             self._is_flat = Packed not in map(type, kept.values())
-            self._values = kept
+            self._values, self._first = kept, None
             return kept
         return self._values
+
+
+def _encoded(session: Session) -> bytes:
+    """Return what Django's JSONSerializer makes of `session`; it builds an encoder each time."""
+    return _encode_value(session).encode("latin-1")
 
 
 def _in_store(value: Any) -> Any:

@@ -158,3 +158,26 @@ def test_equal_scalars_are_no_change(snapshot: Snapshot) -> None:
 def test_what_cannot_be_packed() -> None:
     assert packed(object()) is None
     assert packed([1]) == packed([1]) != packed([True])
+
+
+def test_what_another_process_saved(snapshot: Snapshot) -> None:
+    """The first copy is the decoded session itself; all others are as ever."""
+    codec = codec_for(JSONSerializer)
+    theirs = codec.decode(snapshot.payload)
+    first = theirs.copy()
+    assert type(first) is dict
+    assert theirs.changed_to(first) == (theirs, ())
+    first["cart"].append("leaked")
+    first["none"] = None
+    after, changed = theirs.changed_to(first)
+    assert list(changed) == ["cart", "none"]
+    assert after.copy() == first
+    assert list(theirs.changed_to(first, {"n", "address"})[1]) == ["cart", "none"]
+    assert list(theirs.changed_to(first, {"address"})[1]) == ["cart", "none"]
+
+    second = theirs.copy()
+    assert type(second) is LazySession
+    assert second == PLAIN
+    after, changed = theirs.changed_to(first)
+    assert list(changed) == ["cart", "none"]
+    assert after.copy() == first
