@@ -89,12 +89,15 @@ class Agent:
 
     # The thread
 
+    @property
+    def is_started(self) -> bool:
+        """There is a candidate in this process."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self) -> None:
-        """Start a candidate in this process, unless there is one. Costs nothing then."""
-        if self._thread is not None and self._thread.is_alive():
-            return
+        """Start a candidate in this process, unless there is one."""
         with self._starting:
-            if self._thread is None or not self._thread.is_alive():
+            if not self.is_started:
                 forks.watch(self)
                 self._stop.clear()
                 self._thread = threading.Thread(

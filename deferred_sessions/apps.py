@@ -46,8 +46,11 @@ def _on_request_started(sender: type[object] | None, **_: Any) -> None:
 
     if (runtime := get_runtime_in_use()) is not None:
         runtime.request_end.begin()
-        if runtime.settings.agent and sender in SERVERS and not is_under_test():
-            runtime.agent.start()
+        agent = runtime.agent
+        if agent.is_started or not runtime.settings.agent or sender not in SERVERS:
+            return
+        if not is_under_test():
+            agent.start()
 
 
 def _on_request_finished(**_: Any) -> None:

@@ -28,7 +28,7 @@ DELETE_AGAIN: Final = 60.0
 """Seconds after which the deletion of a row that may have been on its way is repeated;
 no flusher waits longer for PostgreSQL."""
 
-USE_GRAIN: Final = 60.0
+USE_GRAIN: Final = 600.0
 """Seconds; a use refreshes `used_at` only when that is older than this, because each
 refresh moves an index entry."""
 

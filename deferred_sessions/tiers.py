@@ -33,6 +33,7 @@ from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.write_through import WriteThrough
 
+UNKNOWN: Final = (0, 0.0)  # the version and entry of no record
 ATTEMPTS: Final = 5  # at saving a session that keeps being evicted meanwhile
 
 
@@ -71,16 +72,21 @@ class Tiers:
 
         Its snapshot is shared with other requests: copy it.
         """
-        head = self._store.head(key)
-        if head is None:
+        known = self._cache.get(key)
+        version, entered_at = UNKNOWN if known is None else known[:2]
+        found = self._store.look(key, version, entered_at)
+        if found is None:
             return Memory.UNKNOWN
-        if head.flags & TOMBSTONE or head.expires_at <= now:
+        if found.flags & TOMBSTONE or found.expires_at <= now:
             self._cache.drop(key)
             return None
         self._counters.add(Counter.LOADS)
-        if now - head.used_at >= lifecycle.USE_GRAIN:
+        if now - found.used_at >= lifecycle.USE_GRAIN:
             self._note_use(key, now)
-        return self._cache.get(key, head.version, head.entered_at) or self._decoded(key)
+        if isinstance(found, SessionRecord):
+            known = self._entry(found)
+            self._cache.put(key, known)
+        return known
 
     def fetch(self, key: str, now: float) -> Entry[Snapshot] | None:
         """Return the session of `key` from PostgreSQL, and keep it in memory.
@@ -302,17 +308,6 @@ class Tiers:
         return before
 
     # Inside
-
-    def _decoded(self, key: str) -> Entry[Snapshot] | Literal[Memory.UNKNOWN] | None:
-        """Return the session of `key` as memory has it, and keep it in the cache."""
-        record = self._store.get(key)
-        if record is None:  # evicted since we looked
-            return Memory.UNKNOWN
-        if record.is_tombstone:
-            return None
-        entry = self._entry(record)
-        self._cache.put(key, entry)
-        return entry
 
     def _entry(self, record: SessionRecord) -> Entry[Snapshot]:
         return Entry(record.version, record.entered_at, self._codec.decode(record.payload))

@@ -1,8 +1,8 @@
 """The process cache: snapshots of sessions that this process used, each at a version.
 
-Called by `tiers` on every load and save. Invariant: an entry is used only at exactly
-the version that the host store holds, and only as long as the record has not left the
-store meanwhile, so that no change of another process is missed.
+Called by `tiers` on every load and save. Invariant: it never has the last word. An entry is
+used only if `HostStore.look` finds it to be at exactly the version that the store holds,
+from the same stay there, so that no change of another process is missed.
 """
 
 from __future__ import annotations
@@ -49,12 +49,9 @@ class SessionCache(Generic[T]):
         self._bytes = 0  # and of all of them
         self._entries: OrderedDict[str, Entry[T]] = OrderedDict()
 
-    def get(self, key: str, version: int, entered_at: float) -> Entry[T] | None:
-        """Return the entry of `key` at exactly `version` of that stay, or None."""
-        entry = self._entries.get(key)
-        if entry is None or entry[0] != version or entry[1] != entered_at:
-            return None
-        return entry
+    def get(self, key: str) -> Entry[T] | None:
+        """Return the entry of `key`, which may be out of date, or None."""
+        return self._entries.get(key)
 
     def put(self, key: str, entry: Entry[T]) -> None:
         """Keep `entry` for `key`, in place of any other."""

@@ -100,6 +100,10 @@ class HostStore:
         """Return the fixed part of the record of `key`, in half the time of `get`."""
         return self._read(tables.head, key)
 
+    def look(self, key: str, version: int, entered_at: float) -> Head | SessionRecord | None:
+        """Return the record of `key`, or None; only its head if it is the one that is known."""
+        return self._read(tables.look, key, version, entered_at)
+
     def update(self, key: str, transition: Transition) -> Change:
         """Replace the record of `key` by what `transition` makes of it, atomically.
 

@@ -59,6 +59,19 @@ def head(txn: lmdb.Transaction, _dbs: Databases, key: str) -> Head | None:
     return None if data is None else decode_head(data)
 
 
+def look(
+    txn: lmdb.Transaction, _dbs: Databases, key: str, version: int, entered_at: float
+) -> Head | SessionRecord | None:
+    """Return the record of `key`; only its fixed part if it is the one that is known."""
+    data = txn.get(key.encode())
+    if data is None:
+        return None
+    found = decode_head(data)
+    if found.version == version and found.entered_at == entered_at:
+        return found
+    return decode(key, data)
+
+
 def page(txn: lmdb.Transaction, dbs: Databases, after: str, limit: int) -> list[SessionRecord]:
     """Return the `limit` records that follow the key `after`."""
     names = _entries(txn, dbs.records, after.encode() + b"\0", limit)
@@ -270,16 +283,24 @@ def _reindex(
     before: SessionRecord | None,
     after: SessionRecord | None,
 ) -> None:
-    """Remove the index entries that `before` has, and make those that `after` has."""
-    if before is not None:
-        txn.delete(_used_entry(before), db=dbs.used)
-        if before.flags & DIRTY:
-            txn.delete(_due_entry(before.due_at, before.key), db=dbs.due)
-    if after is not None:
-        txn.put(_used_entry(after), b"", db=dbs.used)
-        if after.flags & DIRTY:
-            since = _SINCE.pack(after.changed_at)
-            txn.put(_due_entry(after.due_at, after.key), since, db=dbs.due)
+    """Remove the index entries that `before` has, and make those that `after` has.
+
+    What stays where it is costs nothing: its page may not have been touched for long.
+    """
+    was_used = None if before is None else _used_entry(before)
+    is_used = None if after is None else _used_entry(after)
+    if was_used != is_used:
+        if was_used is not None:
+            txn.delete(was_used, db=dbs.used)
+        if is_used is not None:
+            txn.put(is_used, b"", db=dbs.used)
+    if before is not None and before.flags & DIRTY:
+        if after is not None and after.flags & DIRTY and before[13:15] == after[13:15]:
+            return  # due at the same time, changed since the same time
+        txn.delete(_due_entry(before.due_at, before.key), db=dbs.due)
+    if after is not None and after.flags & DIRTY:
+        since = _SINCE.pack(after.changed_at)
+        txn.put(_due_entry(after.due_at, after.key), since, db=dbs.due)
 
 
 def _due_entry(due_at: float, key: str) -> bytes:

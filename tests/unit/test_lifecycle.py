@@ -188,9 +188,9 @@ def test_a_set_aside_record_stays_aside_when_it_is_saved(clean: SessionRecord) -
     assert save(aside, b"2", NOW + 1).due_at == NOW + 300
 
 
-def test_use_is_noted_to_the_minute(clean: SessionRecord) -> None:
+def test_use_is_noted_to_ten_minutes(clean: SessionRecord) -> None:
     """Each refresh moves an index entry, so there are few."""
-    assert lifecycle.used(clean, now=NOW + 59) is clean
-    assert lifecycle.used(clean, now=NOW + 60).used_at == NOW + 60
-    assert save(clean, b"1", NOW + 59).used_at == NOW
-    assert save(clean, b"1", NOW + 60).used_at == NOW + 60
+    assert lifecycle.used(clean, now=NOW + 599) is clean
+    assert lifecycle.used(clean, now=NOW + 600).used_at == NOW + 600
+    assert save(clean, b"1", NOW + 599).used_at == NOW
+    assert save(clean, b"1", NOW + 600).used_at == NOW + 600

@@ -47,18 +47,6 @@ def entry(version: int, payload: bytes = b"session", entered_at: float = 7.0) ->
     return Entry(version, entered_at, Snapshot(payload))
 
 
-def test_the_cache_answers_only_for_the_very_version() -> None:
-    """A change of another process is never missed."""
-    cache: SessionCache[Snapshot] = SessionCache(10)
-    cache.put("key", entry(3))
-
-    assert cache.get("key", 3, 7.0) == entry(3)
-    assert cache.get("key", 4, 7.0) is None
-    assert cache.get("key", 2, 7.0) is None
-    assert cache.get("other", 3, 7.0) is None
-    assert cache.get("key", 3, 8.0) is None
-
-
 def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
     cache: SessionCache[Snapshot] = SessionCache(3)
     for number in range(4):
@@ -66,9 +54,9 @@ def test_the_cache_is_bounded_and_forgets_the_oldest() -> None:
     cache.put("1", entry(2))
     cache.put("4", entry(1))
 
-    found = [cache.get(str(n), 1, 7.0) for n in (0, 2, 3, 4)]
+    found = [cache.get(str(n)) for n in (0, 2, 3, 4)]
     assert found == [None, None, entry(1), entry(1)]
-    assert cache.get("1", 2, 7.0) == entry(2)
+    assert cache.get("1") == entry(2)
 
 
 def test_the_cache_is_bounded_in_bytes_too() -> None:
@@ -76,14 +64,14 @@ def test_the_cache_is_bounded_in_bytes_too() -> None:
     cache: SessionCache[Snapshot] = SessionCache(100, max_bytes=100_000)
     for number in range(4):
         cache.put(str(number), entry(1, b"x" * 40_000))
-    assert [cache.get(str(n), 1, 7.0) is not None for n in range(4)] == [False, False, True, True]
+    assert [cache.get(str(n)) is not None for n in range(4)] == [False, False, True, True]
 
     cache.put("3", entry(2, b"x" * 10))
     cache.put("another", entry(1, b"x" * 50_000))
-    assert cache.get("2", 1, 7.0) is not None
+    assert cache.get("2") is not None
 
     cache.put("huge", entry(1, b"x" * 100_001))
-    assert cache.get("huge", 1, 7.0) is None
+    assert cache.get("huge") is None
 
 
 def test_the_cache_forgets_what_it_is_told_to() -> None:
@@ -91,18 +79,18 @@ def test_the_cache_forgets_what_it_is_told_to() -> None:
     cache.put("key", entry(1, b"x" * 90_000))
     cache.drop("key")
     cache.drop("key")
-    assert cache.get("key", 1, 7.0) is None
+    assert cache.get("key") is None
 
     cache.put("one", entry(1, b"x" * 50_000))
     cache.put("two", entry(1, b"x" * 50_000))
-    assert cache.get("one", 1, 7.0) is not None
+    assert cache.get("one") is not None
 
 
 def test_a_cache_of_nothing_keeps_nothing() -> None:
     cache: SessionCache[Snapshot] = SessionCache(0)
     cache.put("key", entry(1))
 
-    assert cache.get("key", 1, 7.0) is None
+    assert cache.get("key") is None
 
 
 def test_the_cache_can_be_cleared() -> None:
@@ -110,7 +98,7 @@ def test_the_cache_can_be_cleared() -> None:
     cache.put("key", entry(1))
     cache.clear()
 
-    assert cache.get("key", 1, 7.0) is None
+    assert cache.get("key") is None
 
 
 # Counters

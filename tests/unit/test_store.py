@@ -11,7 +11,7 @@ import pytest
 from deferred_sessions import lifecycle
 from deferred_sessions.memory import tables
 from deferred_sessions.memory.store import HostStore
-from deferred_sessions.record import SessionRecord, encode
+from deferred_sessions.record import Head, SessionRecord, encode
 from tests.unit.records import NOW, bury, due_keys, key, put, save
 
 
@@ -294,3 +294,30 @@ def test_dirty_of_a_record_is_as_if_found(store: HostStore) -> None:
 
     assert tables.Dirty.of(record) == store.due(float("inf"), limit=1)[0]
     assert tables.Dirty.of(record).data == encode(record)
+
+
+def test_what_is_known_is_known_at_the_very_version(store: HostStore) -> None:
+    """A process cache is never believed about a change of another process, or another stay."""
+    record = put(store, key(1))
+    known = (record.version, record.entered_at)
+    assert isinstance(store.look(key(1), *known), Head)
+    assert store.look(key(1), record.version + 1, record.entered_at) == record
+    assert store.look(key(1), record.version, record.entered_at + 1) == record
+    saved = save(store, key(1), b"[]", at=NOW)
+    assert store.look(key(1), *known) == saved
+    assert store.look(key(2), *known) is None
+
+
+def test_what_stays_in_place_in_the_indexes(store: HostStore) -> None:
+    """Saved twice, then a change since another time: the due index tells the last."""
+    record = put(store, key(1), clean=True)
+    save(store, key(1), b"1", at=NOW + 1)
+    save(store, key(1), b"2", at=NOW + 2)
+    assert store.oldest_change() == NOW + 1
+    assert due_keys(store, NOW + 100) == [key(1)]
+    store.update(key(1), lambda r: r and r._replace(changed_at=NOW + 5))
+    assert store.oldest_change() == NOW + 5
+    store.update(key(1), lambda _: None)
+    assert due_keys(store, NOW + 100) == []
+    assert store.evict(10) == 0
+    assert record.version == 1
