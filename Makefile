@@ -10,7 +10,7 @@ help:
 	@echo "make demo    run the shop: PostgreSQL, web workers and a poller (PORT=8000)"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    run ruff, mypy and import-linter"
-	@echo "make bench   compare with Django's engines, and the flush with the bare statement"
+	@echo "make bench   compare with other engines; writes benchmarks/RESULTS.md (QUICK=1: does not)"
 	@echo "make clean   remove the environment and what the tools keep"
 
 demo: $(VENV)/.demo
@@ -25,8 +25,8 @@ lint: $(VENV)/.dev
 	DATABASE_URL=postgresql://unused/unused $(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m testproject.embedded $(BIN)/python -m benchmarks $(ARGS)
+bench: $(VENV)/.bench
+	$(BIN)/python -m testproject.embedded $(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
@@ -46,3 +46,8 @@ $(VENV)/.dev: $(VENV)/.installer pyproject.toml
 	@echo "Downloading what the tests need …"
 	@$(BIN)/python -m pip install --constraint constraints.txt --progress-bar on --editable . --group dev
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(VENV)/.dev
+	@echo "Downloading what the measurements compare with …"
+	@$(BIN)/python -m pip install --constraint constraints.txt --progress-bar on --group bench
+	@touch $@

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from django.test import override_settings
 from django.utils.crypto import get_random_string
@@ -21,7 +21,6 @@ from benchmarks.measure import Goal, Plot, Scale, Table, median, seconds, take_t
 from benchmarks.sessions import content
 from deferred_sessions import lifecycle
 from deferred_sessions.backend import SessionStore
-from deferred_sessions.conf import raw_settings
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.runtime import Runtime, get_runtime
 
@@ -68,8 +67,7 @@ def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
     rows, figures = [], {}
     for number in (FEW, many):
         place = f"{os.environ['SESSION_DIRECTORY']}-{number}"
-        own: dict[str, Any] = {**dict(raw_settings()), "DIRECTORY": place, "STORE_SIZE": STORE_SIZE}  # type: ignore[call-overload]
-        with override_settings(DEFERRED_SESSIONS=own):
+        with override_settings(DEFERRED_SESSIONS={"DIRECTORY": place, "STORE_SIZE": STORE_SIZE}):
             scale.progress(f"filling a store with {number:,} sessions")
             store = filled(number)
             figures[number] = of(store, scale)
@@ -82,16 +80,29 @@ def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
     )
     (cycle, tick, share), (few_cycle, few_tick, _) = figures[many], figures[FEW]
     yield Goal(f"load + change + save, {many:,} sessions to {FEW:,}", cycle / few_cycle, 1.6)
-    yield Goal("host store, to the bytes of the payloads", share, 2.0)
+    yield Goal(f"host store, to the bytes of the payloads, {SIZE} bytes each", share, 2.0)
+    yield from larger(scale)
     yield Goal(f"tick with {DUE:,} due, {many:,} sessions to {FEW:,}", tick / few_tick, 1.2)
     bars = {f"{number:,}": figures[number][0] for number in figures}
     yield Plot("growth", "load + change + save, by sessions held", bars, "µs")
 
 
-def filled(number: int) -> Store:
+def larger(scale: Scale) -> Iterator[Goal]:
+    """Yield the room that larger sessions take."""
+    number = scale.of(100_000, 20_000)
+    for size in (1_000, 3_000):
+        place = f"{os.environ['SESSION_DIRECTORY']}-{size}-bytes"
+        with override_settings(DEFERRED_SESSIONS={"DIRECTORY": place, "STORE_SIZE": STORE_SIZE}):
+            scale.progress(f"filling a store with {number:,} sessions of {size:,} bytes")
+            store = filled(number, size)
+            share = store.runtime.store.status().used / store.payload
+        yield Goal(f"host store, to the bytes of the payloads, {size:,} bytes each", share, 2.0)
+
+
+def filled(number: int, size: int = SIZE) -> Store:
     """Fill an empty store; as if each had been loaded from PostgreSQL."""
     runtime, now = get_runtime(), time.time()
-    payload = runtime.codec.encode(content(SIZE)).payload
+    payload = runtime.codec.encode(content(size)).payload
     keys = [get_random_string(32) for _ in range(number)]
     for start in range(0, number, 1000):
         runtime.store.update_many(

@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -26,16 +27,16 @@ from benchmarks.sessions import stored
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.runtime import get_runtime
 keys = [stored(SessionStore, 300) for _ in range(int(sys.argv[1]))]
-print("ready", flush=True)
-turn = 0
-while True:
-    turn += 1
+for turn, _ in enumerate(sys.stdin, 1):
     for key in keys:
         session = SessionStore(key)
         session["count"] = turn
         session.save()
-    assert get_runtime().flusher.flush_once(time.time() + 61).updated >= len(keys)
-    time.sleep(2)
+    print("dirty", flush=True)
+    sys.stdin.readline()
+    report = get_runtime().flusher.flush_once(time.time() + 61)
+    assert report.updated >= len(keys), report
+    print("clean", flush=True)
 """
 
 
@@ -114,34 +115,60 @@ def table_of(title: str, figures: Figures) -> Table:
 
 
 def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Iterator[Table | Goal]:
-    """Yield the 99th percentile at 70 % load, without sessions and with a busy poller."""
+    """Yield the 99th percentile at 70 % load, without sessions and while many are flushed."""
     rate = LOAD / medians(figures)[OURS]
     scale.progress(f"asking at {rate:,.0f} requests/s while {DIRTY:,} sessions are flushed")
+    duration = scale.of(5, 2)
+    with Poller() as poller:
 
-    def ask(name: str) -> float:
-        return servers[name].ask("/probe/count/", scale.of(5, 2), rate=rate).p99
+        def nothing() -> float:
+            return servers[NOTHING].ask("/probe/count/", duration, rate=rate).p99
 
-    with poller():
-        results = take_turns({name: partial(ask, name) for name in (NOTHING, OURS)}, scale.of(7, 1))
+        def ours() -> float:
+            poller.make_dirty()
+            timer = threading.Timer(duration / 3, poller.flush)
+            timer.start()
+            p99 = servers[OURS].ask("/probe/count/", duration, rate=rate).p99
+            timer.join()
+            return p99
+
+        results = take_turns({NOTHING: nothing, OURS: ours}, scale.of(7, 1))
     rows = [(name, f"{value * 1000:.1f}") for name, value in medians(results).items()]
-    title = f"99th percentile at {LOAD:.0%} load, while a poller flushes {DIRTY:,} sessions"
+    title = f"99th percentile at {LOAD:.0%} load for {duration} s, in which {DIRTY:,} are flushed"
     yield Table(title, ("engine", "ms"), rows)
     value, spread = ratio(results, OURS, NOTHING)
     yield Goal("p99 at 70 % load while flushing, to no sessions", value, 1.5, spread=spread)
 
 
-@contextmanager
-def poller() -> Iterator[None]:
-    """Have another process change and flush many sessions, every two seconds."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", POLLER, str(DIRTY)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        if process.stdout is None or process.stdout.readline() != "ready\n":
-            raise RuntimeError("The poller did not start.")
-        yield
-        if process.poll() is not None:
+class Poller:
+    """Another process that makes many sessions dirty, and flushes them, when it is told."""
+
+    def __enter__(self) -> Poller:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", POLLER, str(DIRTY)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def make_dirty(self) -> None:
+        """Return when the sessions are dirty."""
+        self._tell("dirty")
+
+    def flush(self) -> None:
+        """Return when they are flushed."""
+        self._tell("clean")
+
+    def _tell(self, answer: str) -> None:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise RuntimeError("The poller has no pipes.")
+        stdin.write("go\n")
+        stdin.flush()
+        if stdout.readline() != f"{answer}\n":
             raise RuntimeError("The poller died.")
-    finally:
-        process.kill()
-        process.wait()
