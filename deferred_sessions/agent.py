@@ -87,6 +87,10 @@ class Agent:
         """Act on what others deleted or changed in PostgreSQL."""
         return self._revocations.read_once(now)
 
+    def keep_journal_once(self, now: float) -> None:
+        """Sync, swap and reset the logs of the journal, as far as it is time to."""
+        self._flusher.journal.keep_once(now)
+
     # The thread
 
     @property
@@ -140,10 +144,18 @@ class Agent:
     def _serve(self) -> None:
         """Go round the duties until `stop` is called."""
         with Listener(self._server.alias, retry_after=LISTEN_AGAIN) as listener:
+            pause = min(BEAT, self._flusher.journal.interval or BEAT)
+            next_round = 0.0
             try:
                 while not self._stop.is_set():
-                    self._round(time.time())
-                    listener.wait(BEAT, self._stop)
+                    now = time.time()
+                    if not next_round - BEAT <= now < next_round:
+                        self._round(now)
+                        next_round = now + BEAT
+                    else:
+                        self._do(self._flusher.journal.sync_once, now)
+                    if listener.wait(pause, self._stop):
+                        next_round = 0.0
             finally:
                 connections.close_all()
 
@@ -152,6 +164,7 @@ class Agent:
             self.read_revocations_once,
             self.flush_if_forgotten_once,
             self.clear_dead_readers_once,
+            self.keep_journal_once,
         ):
             if not self._stop.is_set():
                 self._do(duty, now)

@@ -30,6 +30,8 @@ MIN_STORE_SIZE: Final = 4 << 20
 MAX_STORE_SIZE: Final = 64 << 30
 MIDDLEWARE: Final = "deferred_sessions.middleware.SessionMiddleware"
 LOCKING: Final = ("merge", "exclusive", "last-write-wins")
+MIN_JOURNAL_SIZE: Final = 1 << 20
+MAX_SYNC_INTERVAL: Final = 60
 MAX_BATCH_SIZE: Final = 10_000
 MAX_INTERVAL: Final = 86_400  # seconds
 
@@ -69,6 +71,14 @@ class Settings:
     """Where the host store lives; None = a private directory in shared memory."""
     store_size: int = 256 << 20
     """Bytes of the host store."""
+    journal_directory: Path | None = None
+    """Where the logs are from which memory is rebuilt after a crash of the host; None = none."""
+    journal_size: int = 64 << 20
+    """Bytes after which the log is swapped; four times that is the most it takes."""
+    journal_age: float = 300.0
+    """Seconds after which it is swapped at the latest."""
+    sync_interval: float = 0.1
+    """Seconds of changes that a crash of the host may cost; 0 = each save waits for the disk."""
     cache_size: int = 10_000
     """Decoded sessions each process keeps."""
     servers: tuple[str, ...] = (DEFAULT_DB_ALIAS,)
@@ -168,8 +178,9 @@ def get_settings() -> Settings:
     if found := [f"{problem.message} {problem.hint}" for problem in problems(raw)]:
         raise ImproperlyConfigured(" ".join(found))
     values = {key.lower(): value for key, value in cast("dict[str, Any]", raw).items()}
-    if values.get("directory") is not None:
-        values["directory"] = Path(values["directory"])
+    for name in ("directory", "journal_directory"):
+        if values.get(name) is not None:
+            values[name] = Path(values[name])
     for name in ("servers", "write_through_keys"):
         if name in values:
             values[name] = tuple(values[name])
@@ -241,6 +252,13 @@ _COUNT = (
     lambda value: value is None or _is_whole(value, 2),
     "None or a whole number of at least 2",
 )
+_PLACE = (
+    lambda value: (
+        value is None
+        or (isinstance(value, str | Path) and Path(value).is_absolute() and "\0" not in str(value))
+    ),
+    "None or an absolute path",
+)
 _RULES: Final[Mapping[str, tuple[Any, str]]] = {
     "FLUSH_INTERVAL": (
         lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
@@ -265,20 +283,23 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
         lambda value: _is_whole(value, 1) and value <= MAX_BATCH_SIZE,
         f"a whole number from 1 to {MAX_BATCH_SIZE}",
     ),
-    "DIRECTORY": (
-        lambda value: (
-            value is None
-            or (
-                isinstance(value, str | Path)
-                and Path(value).is_absolute()
-                and "\0" not in str(value)
-            )
-        ),
-        "None or an absolute path",
-    ),
+    "DIRECTORY": _PLACE,
     "STORE_SIZE": (
         lambda value: _is_whole(value, MIN_STORE_SIZE) and value <= MAX_STORE_SIZE,
         f"a whole number of bytes, from {MIN_STORE_SIZE} (4 MiB) to {MAX_STORE_SIZE} (64 GiB)",
+    ),
+    "JOURNAL_DIRECTORY": _PLACE,
+    "JOURNAL_SIZE": (
+        lambda value: _is_whole(value, MIN_JOURNAL_SIZE) and value <= MAX_STORE_SIZE,
+        f"a whole number of bytes, from {MIN_JOURNAL_SIZE} (1 MiB) to {MAX_STORE_SIZE} (64 GiB)",
+    ),
+    "JOURNAL_AGE": (
+        lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
+        "a positive number of seconds, such as 300.0, and at most a day",
+    ),
+    "SYNC_INTERVAL": (
+        lambda value: _is_number(value) and 0 <= value <= MAX_SYNC_INTERVAL,
+        f"a number of seconds, such as 0.1, from 0 to {MAX_SYNC_INTERVAL}",
     ),
     "CACHE_SIZE": (lambda value: _is_whole(value, 0), "a whole number of sessions, 0 or more"),
     "SERVERS": (

@@ -9,7 +9,8 @@ that code which knows nothing of this package still understands it.
      │    ├── UnsafeDirectoryError       (PermissionError)  not private, or not ours
      │    ├── StoreUnavailableError      (OSError)          cannot be opened or made
      │    ├── StoreMismatchError         (ValueError)       belongs to another project
-     │    └── StoreFullError             (OSError)          no room, even after eviction
+     │    ├── StoreFullError             (OSError)          no room, even after eviction
+     │    └── JournalError               (OSError)          a log cannot be used
      ├── RecordCorruptError            (ValueError)       bytes that are not a record
      ├── ServerUnavailableError        (ConnectionError)  PostgreSQL cannot be asked
      ├── RowRefusedError               (ValueError)       PostgreSQL refused this data
@@ -49,6 +50,10 @@ class StoreMismatchError(StoreError, ValueError):
 
 class StoreFullError(StoreError, OSError):
     """The host store has no room, even after eviction; nothing was changed."""
+
+
+class JournalError(StoreError, OSError):
+    """A log of the journal cannot be read or written."""
 
 
 class RecordCorruptError(DeferredSessionsError, ValueError):

@@ -18,8 +18,9 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Final
 
-from deferred_sessions.exceptions import ServerUnavailableError
+from deferred_sessions.exceptions import ServerUnavailableError, StoreError
 from deferred_sessions.flush_run import FlushRun
+from deferred_sessions.journal_keeper import JournalKeeper
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.memory.store import HostStore
@@ -50,6 +51,7 @@ class Flusher:
         policy: Policy,
         revocations: Revocations,
         batch_size: int,
+        journal_age: float,
     ) -> None:
         self._store = store
         self._server = server
@@ -59,6 +61,8 @@ class Flusher:
         self._revocations = revocations
         self._batch_size = batch_size
         self._lock = ProcessLock(store.directory / "flush.lock")
+        self.journal = JournalKeeper(store=store, flush=self._flush_all, age=journal_age)
+        """Whose logs can be reset when all is flushed."""
 
     def flush_once(self, now: float, *, everything: bool = False) -> FlushReport:
         """Write what is due at `now`, or everything that is dirty.
@@ -82,6 +86,10 @@ class Flusher:
             )
             self._store.set_note(NOTE, json.dumps(asdict(report)).encode())
         self._announce(report)
+        try:
+            self.journal.keep_once(now)
+        except (StoreError, OSError):
+            logger.exception("The journal is in trouble.", extra={"action": "journal_failed"})
         return report
 
     def flush_due(self, keys: Sequence[str], now: float) -> None:
@@ -122,6 +130,9 @@ class Flusher:
         """Return the report of the last run on this node, by any process, or None."""
         note = self._store.note(NOTE)
         return None if note is None else FlushReport(**json.loads(note))
+
+    def _flush_all(self, now: float) -> object:
+        return self.flush_once(now, everything=True)
 
     def _flush(self, now: float, horizon: float) -> FlushReport:
         run = self._run(now)

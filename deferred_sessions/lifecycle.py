@@ -246,6 +246,11 @@ def is_remembered(record: SessionRecord | Head, *, now: float) -> bool:
     return max(record.written_at, record.entered_at) > now - REMEMBERED / 2
 
 
+def recovered(record: SessionRecord, *, now: float) -> SessionRecord:
+    """Return `record` as the journal had it: nobody knows what PostgreSQL has; due before now."""
+    return forgotten(record, now=now)._replace(due_at=now - 1.0, used_at=now, entered_at=now)
+
+
 def unstored(record: SessionRecord, *, now: float) -> SessionRecord:
     """Return `record` to be inserted at once: PostgreSQL lost the whole row."""
     return forgotten(record._replace(stored_version=0, stored_expires_at=0.0), now=now)

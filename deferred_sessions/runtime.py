@@ -34,6 +34,7 @@ from deferred_sessions.memory.cache import SessionCache
 from deferred_sessions.memory.claims import Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
+from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.overlap import Overlap
 from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
@@ -116,7 +117,16 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     size = settings.store_size
     if settings.directory is None and is_under_test():
         size = min(size, TEST_SIZE)
-    store = HostStore(directory, size=size, identity=identity)
+    journal = None
+    if settings.journal_directory is not None:
+        journal = Journal(
+            settings.journal_directory,
+            store=directory,
+            size=settings.journal_size,
+            sync_interval=settings.sync_interval,
+            identity=identity,
+        )
+    store = HostStore(directory, size=size, identity=identity, journal=journal)
     codec = codec_for(serializer)
     cache: SessionCache[Snapshot] = SessionCache(settings.cache_size)
     counters = Counters(directory)
@@ -135,6 +145,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         policy=policy,
         revocations=revocations,
         batch_size=settings.batch_size,
+        journal_age=settings.journal_age,
     )
     agent = Agent(
         store=store, server=server, flusher=flusher, revocations=revocations, policy=policy

@@ -32,6 +32,8 @@ class Rest(Enum):
     """Not in memory: PostgreSQL has to be asked whether the session still exists."""
     BYPASS = auto()
     """No room in memory: the save has to go straight to PostgreSQL."""
+    SYNC = auto()
+    """Saved in memory, but the journal must be on disk before the request goes on."""
     MERGE = auto()
     """Nothing was saved: somebody else changed the session since it was loaded."""
 

@@ -9,12 +9,15 @@ has left memory.
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Final
 
 from deferred_sessions.busy import is_on_event_loop, owner
 from deferred_sessions.deferred_session import DeferredSession
 from deferred_sessions.exceptions import LockTimeoutError
 from deferred_sessions.memory.claims import Claim, Claims
 from deferred_sessions.saving import Rest
+
+SAVED: Final = (Rest.WRITE, Rest.SYNC)  # in memory; what is left needs no lock
 
 
 class SessionLock:
@@ -51,7 +54,7 @@ class SessionLock:
         try:
             if kind is None and session.session_key is not None:  # else flushed: logged out
                 saving = session.save_in_memory(merging=True)
-            if saving is not None and saving.rest is not Rest.WRITE:  # not saved at all yet
+            if saving is not None and saving.rest not in SAVED:  # not saved at all yet
                 session.finish(saving)
                 saving = None
         finally:
@@ -78,7 +81,7 @@ class SessionLock:
         try:
             if kind is None and session.session_key is not None:
                 saving = session.save_in_memory(merging=True)
-            if saving is not None and saving.rest is not Rest.WRITE:
+            if saving is not None and saving.rest not in SAVED:
                 await session.afinish(saving)
                 saving = None
         finally:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.memory.counters import Counter, Counters
-from deferred_sessions.memory.store import HostStore, StoreStatus
+from deferred_sessions.memory.store import HostStore
+from deferred_sessions.memory.tables import StoreStatus
 from deferred_sessions.report import FlushReport
 
 

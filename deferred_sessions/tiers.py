@@ -174,6 +174,8 @@ class Tiers:
             and policy.cannot_wait(now, after.expires_at, after.stored_expires_at)
         ):
             return Saving(Rest.WRITE, key, snapshot, user_id, expires_at, is_urgent, base, after)
+        if self._store.is_strict:
+            return Saving(Rest.SYNC, key, snapshot, user_id, expires_at, is_urgent, base, after)
         return entry
 
     def known_record(self, key: str, now: float) -> SessionRecord | None:
@@ -238,9 +240,11 @@ class Tiers:
             )
         if isinstance(result, Entry) or result.rest is Rest.MERGE:
             return result
-        if result.rest is not Rest.WRITE or result.record is None:
+        if result.record is None:
             return self._bypass.save(result, now)
-        self._write_through.write(result.record, now)
+        if result.rest is Rest.WRITE:
+            self._write_through.write(result.record, now)
+        self._store.make_durable(now)
         return Entry(result.record.version, result.record.entered_at, result.snapshot)
 
     # Create and delete
@@ -279,6 +283,7 @@ class Tiers:
         self._counters.add(Counter.CREATIONS)
         if before is not None:
             return None
+        self._store.make_durable(now)
         return Entry(record.version, record.entered_at, snapshot)
 
     def delete(self, key: str, now: float) -> SessionRecord | None:
@@ -302,9 +307,10 @@ class Tiers:
             return self._store.bury(key, lambda known: known and burial(known))[0]
         if tombstone is None:
             due_now = partial(lifecycle.due_again, due_at=now)
-            return self._store.bury(key, lambda known: due_now(burial(known)))[0]
-        if tombstone.is_dirty:
+            before = self._store.bury(key, lambda known: due_now(burial(known)))[0]
+        elif tombstone.is_dirty:
             self._write_through.write(tombstone, now)
+        self._store.make_durable(now)
         return before
 
     # Inside

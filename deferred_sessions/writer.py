@@ -159,14 +159,13 @@ class RecordWriter:
             outcome.outdated += forgotten  # somebody was faster; look again the next time
 
     def _is_ours(self, dirty: Dirty, state: State) -> bool:
-        """Tell whether this node wrote the row, at this version or a later one."""
-        if state.owner != self._server.owner() or state.fence != dirty.head.fence:
+        """Tell whether the row is this very state, or a later one that this node wrote."""
+        if state.fence != dirty.head.fence:
             return False
-        if state.version != dirty.head.version:
-            return state.version > dirty.head.version
-        with suppress(RecordCorruptError):
-            return self._encoder.to_payload(state.data) == dirty.record.payload
-        return False
+        if state.version == dirty.head.version:
+            with suppress(RecordCorruptError):
+                return self._encoder.to_payload(state.data) == dirty.record.payload
+        return state.owner == self._server.owner() and state.version > dirty.head.version
 
     def _finish(self, outcome: Outcome, now: float) -> Outcome:
         self._counters.add(Counter.ROWS_WRITTEN, outcome.rows)

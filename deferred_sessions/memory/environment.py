@@ -15,6 +15,7 @@ import fcntl
 import os
 import secrets
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -35,6 +36,9 @@ MAX_READERS: Final = 4096  # threads of all processes that read at the same inst
 SEED_SIZE: Final = 1 << 20  # bytes; the map with which a new file is laid out
 
 
+Log = Callable[[bytes, bytes], object]
+
+
 class Databases(NamedTuple):
     """An open environment and its named databases."""
 
@@ -51,13 +55,22 @@ class Databases(NamedTuple):
     """Random; another one for each store that is made"""
     in_use: int
     """Descriptor of the shared lock that tells others the map is in use."""
+    log: Log | None
+    """Takes each record that PostgreSQL may lack, within the transaction that puts it."""
+
+
+Recover = Callable[[Databases], Log]
+"""Makes a new store whole before anybody uses it; returns what logs its records."""
 
 
 class MappedFile:
     """Opens the map lazily, once per process and again after a fork."""
 
-    def __init__(self, directory: Path, *, size: int, identity: str) -> None:
+    def __init__(
+        self, directory: Path, *, size: int, identity: str, recover: Recover | None = None
+    ) -> None:
         self.directory = directory
+        self._recover = recover
         self.databases: Databases | None = None
         self._size = size
         self._identity = identity
@@ -120,7 +133,15 @@ class MappedFile:
         with place.opening(self.directory):
             place.check_contents(self.directory)
             place.discard_after_reboot(self.directory)
-            return self._open_file()
+            dbs = self._open_file()
+            if self._recover is None:
+                return dbs
+            try:
+                return dbs._replace(log=self._recover(dbs))
+            except BaseException:
+                dbs.env.close()
+                os.close(dbs.in_use)
+                raise
 
     def _open_file(self) -> Databases:
         data_file = self.directory / place.DATA_FILE
@@ -203,7 +224,7 @@ class MappedFile:
                 "(manage.py flushsessions --all), then remove the directory."
             )
         records, due, used = map(env.open_db, (b"records", b"due", b"used"))
-        return Databases(env, records, due, used, notes, incarnation, in_use)
+        return Databases(env, records, due, used, notes, incarnation, in_use, None)
 
 
 def _open_environment(path: Path, size: int, *, writemap: bool) -> lmdb.Environment:

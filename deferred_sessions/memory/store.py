@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar, TypeVarTuple
+from typing import Final, TypeVar, TypeVarTuple
 
 import lmdb
 
@@ -22,8 +23,10 @@ from deferred_sessions.exceptions import StoreFullError, StoreUnavailableError
 from deferred_sessions.lifecycle import TOMBSTONE_LIFETIME
 from deferred_sessions.memory import tables
 from deferred_sessions.memory.directory import PAGE, other_owners
-from deferred_sessions.memory.environment import Databases, MappedFile
-from deferred_sessions.memory.tables import Change, Dirty, Transition
+from deferred_sessions.memory.environment import Databases, Log, MappedFile
+from deferred_sessions.memory.journal import Journal
+from deferred_sessions.memory.recovery import recover_if_new
+from deferred_sessions.memory.tables import Change, Dirty, StoreStatus, Transition
 from deferred_sessions.record import Head, SessionRecord
 
 logger = logging.getLogger(__name__)
@@ -42,30 +45,22 @@ SHARES: Final = 4  # of the room that is left; a transaction takes one
 BATCH: Final = 256  # records per transaction, so that other writers wait < 1 ms
 
 
-class StoreStatus(NamedTuple):
-    """The host store at a glance."""
-
-    records: int
-    """Sessions and tombstones held."""
-    dirty: int
-    """Records that PostgreSQL does not have as they are."""
-    size: int
-    """Bytes of the map."""
-    used: int
-    """Bytes of the map that hold something."""
-
-
 class HostStore:
     """Records by session key, with an index by due time and one by last use.
 
     The constructor does no I/O; the map is opened by the first use in each process.
     """
 
-    def __init__(self, directory: Path, *, size: int, identity: str) -> None:
+    def __init__(
+        self, directory: Path, *, size: int, identity: str, journal: Journal | None = None
+    ) -> None:
         self.directory = directory
         self.on_evicted: Callable[[int], object] = lambda _: None
         """Called with a number after that many sessions were evicted."""
-        self._file = MappedFile(directory, size=size, identity=identity)
+        self.journal = journal
+        """Where changes go that a crash of the host must not take, or None."""
+        recover = None if journal is None else partial(_recovered, journal)
+        self._file = MappedFile(directory, size=size, identity=identity, recover=recover)
         self._look_after = size * LOOK_SHARE
         self._written = 0  # bytes, roughly, since the last look at the level of the map
         self._may_grow = True
@@ -89,6 +84,23 @@ class HostStore:
     def close(self) -> None:
         """Unmap the store; the next use opens it again."""
         self._file.close()
+        if self.journal is not None:
+            self.journal.close()
+
+    @property
+    def is_strict(self) -> bool:
+        """A save is acknowledged when it is on disk."""
+        return self.journal is not None and not self.journal.sync_interval
+
+    def make_durable(self, now: float) -> None:
+        """Return when what was saved is on disk, if a save is to promise that."""
+        if self.journal is not None and self.is_strict:
+            self.journal.wait(now)
+
+    def swap_journal(self, now: float) -> None:
+        """Go on in the other log of the journal, between two changes."""
+        if self.journal is not None:
+            self._write(lambda _txn, _dbs, journal: journal.swap(now), self.journal)
 
     # Records
 
@@ -119,6 +131,8 @@ class HostStore:
         if not self._may_grow:
             self._look()
         change = self._write(tables.update, key, transition, self._may_grow)
+        if self.journal is not None and self.journal.is_behind(now := time.time()):
+            self.journal.sync(now)
         if change[1] is not None:
             self._written += PAGE + len(change[1].payload)
             if self._written > self._look_after:
@@ -272,7 +286,7 @@ class HostStore:
 
     def status(self) -> StoreStatus:
         """Return the figures of the store; costs microseconds."""
-        return self._read(_status)
+        return self._read(tables.status)
 
     def oldest_change(self) -> float | None:
         """Return the time of the oldest payload change PostgreSQL lacks, or None.
@@ -285,11 +299,11 @@ class HostStore:
 
     def note(self, name: str) -> bytes | None:
         """Return what some process of this host noted under `name`, or None."""
-        return self._read(_note, name)
+        return self._read(tables.note, name)
 
     def set_note(self, name: str, value: bytes) -> None:
         """Leave `value` under `name` for the processes of this host."""
-        self._write(_set_note, name, value)
+        self._write(tables.set_note, name, value)
 
     # Transactions
 
@@ -384,26 +398,14 @@ class HostStore:
         return gained
 
 
+def _recovered(journal: Journal, dbs: Databases) -> Log:
+    """Have in the store what its journal has; return what logs its changes."""
+    recover_if_new(journal, dbs, time.time())
+    return journal.append
+
+
 def _transact(dbs: Databases, write: bool, work: Work[*Ts, T], *args: *Ts) -> T:
     # By position (database, parent, write, buffers), because by name the arguments cost
     # as much as a read.
     with dbs.env.begin(dbs.records, None, write) as txn:
         return work(txn, dbs, *args)
-
-
-def _status(txn: lmdb.Transaction, dbs: Databases) -> StoreStatus:
-    return StoreStatus(
-        records=txn.stat(dbs.records)["entries"],
-        dirty=txn.stat(dbs.due)["entries"],
-        size=dbs.env.info()["map_size"],
-        used=tables.used_pages(txn, dbs) * dbs.env.stat()["psize"],
-    )
-
-
-def _note(txn: lmdb.Transaction, dbs: Databases, name: str) -> bytes | None:
-    value = txn.get(name.encode(), db=dbs.notes)
-    return None if value is None else bytes(value)
-
-
-def _set_note(txn: lmdb.Transaction, dbs: Databases, name: str, value: bytes) -> None:
-    txn.put(name.encode(), value, db=dbs.notes)

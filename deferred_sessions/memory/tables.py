@@ -47,6 +47,19 @@ _REMOVALS: Final = b"removals"  # note: transactions that removed something, 64 
 MAX_BATCH: Final = 8 << 20  # bytes of records at once: a flush must fit into memory
 
 
+class StoreStatus(NamedTuple):
+    """The host store at a glance."""
+
+    records: int
+    """Sessions and tombstones held."""
+    dirty: int
+    """Records that PostgreSQL does not have as they are."""
+    size: int
+    """Bytes of the map."""
+    used: int
+    """Bytes of the map that hold something."""
+
+
 def get(txn: lmdb.Transaction, _dbs: Databases, key: str) -> SessionRecord | None:
     """Return the record of `key`."""
     data = txn.get(key.encode())
@@ -100,6 +113,8 @@ def update(
         if not may_grow and (data is None or len(new_data) > len(data)):
             raise StoreFullError(FULL)
         txn.put(name, new_data)
+        if dbs.log is not None and after.flags & DIRTY:
+            dbs.log(name, new_data)
     if before is None or after is None or _has_moved(before, after):
         _reindex(txn, dbs, before, after)
     return before, after
@@ -269,6 +284,27 @@ def used_pages(txn: lmdb.Transaction, dbs: Databases) -> int:
         stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
         for stat in map(txn.stat, databases)
     )
+
+
+def status(txn: lmdb.Transaction, dbs: Databases) -> StoreStatus:
+    """Return the figures of the store."""
+    return StoreStatus(
+        records=txn.stat(dbs.records)["entries"],
+        dirty=txn.stat(dbs.due)["entries"],
+        size=dbs.env.info()["map_size"],
+        used=used_pages(txn, dbs) * dbs.env.stat()["psize"],
+    )
+
+
+def note(txn: lmdb.Transaction, dbs: Databases, name: str) -> bytes | None:
+    """Return a note, or None."""
+    value = txn.get(name.encode(), db=dbs.notes)
+    return None if value is None else bytes(value)
+
+
+def set_note(txn: lmdb.Transaction, dbs: Databases, name: str, value: bytes) -> None:
+    """Leave a note."""
+    txn.put(name.encode(), value, db=dbs.notes)
 
 
 def _has_moved(before: SessionRecord, after: SessionRecord) -> bool:

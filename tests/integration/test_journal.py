@@ -1,0 +1,275 @@
+"""The journal under the engine: what a site gets back, and when logs are swapped and reset."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.memory.journal import Journal
+from deferred_sessions.memory.log_file import HEADER_SIZE
+from deferred_sessions.models import Session
+from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
+from tests.integration.conftest import Outage, change, created, record, row
+
+pytestmark = pytest.mark.django_db(transaction=True)
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def journaled(tune: Callable[..., Runtime], tmp_path: Path) -> Callable[..., Runtime]:
+    def make(**settings: Any) -> Runtime:
+        directory = str(tmp_path / "journal")
+        return tune(JOURNAL_DIRECTORY=directory, JOURNAL_SIZE=1 << 20, **settings)
+
+    return make
+
+
+def journal() -> Journal:
+    found = get_runtime().store.journal
+    assert found is not None
+    return found
+
+
+def lose_power(directory: Path) -> Runtime:
+    """All processes end, and shared memory is gone."""
+    reset_runtime()
+    shutil.rmtree(directory)
+    return get_runtime()
+
+
+def test_d08_memory_log_and_database(journaled: Callable[..., Runtime], directory: Path) -> None:
+    """D01, D08: log -> memory -> PostgreSQL; what was acknowledged is there, and lands."""
+    journaled()
+    changed, deleted = created(n=0), created(n=0)
+    change(changed, n=1)
+    change(deleted, n=1)
+    runtime = lose_power(directory)
+
+    assert SessionStore(changed.session_key).load() == {"n": 1}
+    SessionStore(deleted.session_key).delete()
+    runtime = lose_power(directory)
+    assert SessionStore(changed.session_key).load() == {"n": 1}
+    assert SessionStore(deleted.session_key).load() == {}
+    report = runtime.flusher.flush_once(time.time())
+    assert (report.failure, report.remaining) == ("", 0)
+    assert row(changed.session_key) == {"n": 1}
+    assert row(deleted.session_key) is None
+
+
+def test_what_postgresql_has_already_is_not_void(
+    journaled: Callable[..., Runtime], directory: Path
+) -> None:
+    """Flushed just before the crash: the same state, written by another incarnation."""
+    runtime = journaled()
+    session = created(n=0)
+    change(session, n=1)
+    runtime.flusher.flush_once(time.time(), everything=True)
+    runtime = lose_power(directory)
+    report = runtime.flusher.flush_once(time.time())
+
+    assert (report.repeated, report.superseded, report.remaining) == (1, 0, 0)
+    assert SessionStore(session.session_key).load() == {"n": 1}
+
+
+def test_an_old_record_never_overwrites_a_newer_row(
+    journaled: Callable[..., Runtime], directory: Path
+) -> None:
+    """The log lost its end; PostgreSQL had it."""
+    runtime = journaled()
+    session = created(n=0)
+    change(session, n=1)
+    journal().sync(time.time())
+    log = directory.parent / "journal" / f"log.{journal().position()[0] & 1}"
+    synced = log.read_bytes()
+    change(session, n=2)
+    runtime.flusher.flush_once(time.time(), everything=True)
+    reset_runtime()
+    log.write_bytes(synced)
+    runtime = lose_power(directory)
+
+    runtime.flusher.flush_once(time.time())
+    assert row(session.session_key) == {"n": 2}
+    assert SessionStore(session.session_key).load() == {"n": 2}
+
+
+def test_a_logout_while_postgresql_is_away_survives_a_crash(
+    journaled: Callable[..., Runtime], directory: Path, outage: Outage
+) -> None:
+    journaled()
+    session = created(_auth_user_id="7")
+    outage.begin()
+    SessionStore(session.session_key).delete()
+    created_meanwhile = created(n=1)
+    outage.end()  # its address is part of the identity of a store
+    runtime = lose_power(directory)
+    assert SessionStore(session.session_key).load() == {}
+    runtime.flusher.flush_once(time.time())
+    assert row(session.session_key) is None
+    assert row(created_meanwhile.session_key) == {"n": 1}
+
+
+def test_d05_a_retired_log_is_reset_when_all_is_written(
+    journaled: Callable[..., Runtime],
+) -> None:
+    """D04, D05: swapped by age; what stands in the way of the next swap is flushed."""
+    runtime = journaled(JOURNAL_AGE=30.0)
+    keeper, now = runtime.flusher.journal, time.time()
+    session = created(n=0)
+    change(session, n=1)
+    keeper.keep_once(now)
+    assert journal().position()[0] == 1
+    keeper.keep_once(now + 31)
+    assert journal().position() == (2, HEADER_SIZE)
+    assert journal().retired() > HEADER_SIZE
+    keeper.keep_once(now + 40)
+    assert journal().retired() > HEADER_SIZE  # not in PostgreSQL yet
+
+    again = SessionStore(session.session_key)
+    again["n"] = 2
+    again.save()
+    keeper.keep_once(now + 62)
+    assert row(session.session_key) == {"n": 2}
+    assert journal().position()[0] == 3
+    keeper.keep_once(now + 63)
+    assert journal().retired() == 0 or not record(runtime, session).is_dirty
+
+
+def test_d04_a_log_is_swapped_by_its_size(journaled: Callable[..., Runtime]) -> None:
+    runtime = journaled()
+    session = created(text="")
+    for number in range(30):
+        change(session, text=f"{number % 10}" * 50_000)
+    assert journal().is_large()
+    runtime.flusher.flush_once(time.time(), everything=True)
+    assert journal().position() == (2, HEADER_SIZE)
+    runtime.flusher.journal.keep_once(time.time())
+    assert journal().retired() == 0
+
+
+def test_postgresql_is_away_and_the_journal_is_full(
+    journaled: Callable[..., Runtime], outage: Outage
+) -> None:
+    """The log grows up to its bound; then a save is an error, and changes nothing."""
+    runtime = journaled()
+    session = created(text="")
+    outage.begin()
+    saved = ""
+    with pytest.raises(Exception, match="PostgreSQL"):
+        for number in range(1000):
+            text = f"{number % 10}" * 50_000
+            change(session, text=text)
+            saved = text
+    assert SessionStore(session.session_key).load() == {"text": saved}
+    outage.end()
+    runtime.flusher.flush_once(time.time(), everything=True)
+    assert row(session.session_key) == {"text": saved}
+    change(session, text="short")
+    assert SessionStore(session.session_key).load() == {"text": "short"}
+
+
+def test_a_save_is_on_disk_when_it_returns(
+    journaled: Callable[..., Runtime], call: Call, outage: Outage
+) -> None:
+    """SYNC_INTERVAL 0: save, create and delete, sync and async."""
+    journaled(SYNC_INTERVAL=0)
+    session = created(n=0)
+    session["n"] = 1
+    call(session, "save")
+    assert journal().unsynced() == 0
+    outage.begin()
+    new = SessionStore()
+    new["n"] = 1
+    call(new, "save")
+    assert journal().unsynced() == 0
+    call(session, "delete")
+    assert journal().unsynced() == 0
+    with new.lock("n"):
+        new["n"] = 2
+    assert journal().unsynced() == 0
+    assert SessionStore(new.session_key).load() == {"n": 2}
+
+
+def test_waiting_for_the_disk_leaves_the_event_loop(
+    journaled: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journaled(SYNC_INTERVAL=0)
+    session = created(n=0)
+    threads: list[bool] = []
+    real = Journal.wait
+
+    def wait(self: Journal, now: float) -> None:
+        try:
+            asyncio.get_running_loop()
+            threads.append(False)
+        except RuntimeError:
+            threads.append(True)
+        real(self, now)
+
+    monkeypatch.setattr(Journal, "wait", wait)
+
+    async def work() -> None:
+        again = SessionStore(session.session_key)
+        await again.aset("n", 1)
+        await again.asave()
+
+    asyncio.run(work())
+    assert threads == [True]
+
+
+def test_a_saver_syncs_if_nobody_else_does(
+    journaled: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No agent, no poller: at most a second or two of updates are at stake."""
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    assert journal().unsynced() > 0
+    monkeypatch.setattr(Journal, "is_behind", lambda *_: True)
+    change(session, n=2)
+    assert journal().unsynced() == 0
+
+
+def test_the_agent_syncs(journaled: Callable[..., Runtime]) -> None:
+    runtime = journaled(SYNC_INTERVAL=0.01)
+    session = created(n=0)
+    change(session, n=1)
+    assert runtime.flusher.journal.interval == 0.01
+    runtime.agent.keep_journal_once(time.time())
+    assert journal().unsynced() == 0
+    runtime.agent.start()
+    change(session, n=2)
+    deadline = time.monotonic() + 30
+    while journal().unsynced():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    runtime.agent.stop()
+
+
+def test_trouble_with_the_journal_does_not_stop_the_flusher(
+    journaled: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    runtime = journaled()
+    session = created(n=0)
+    change(session, n=1)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Journal, "sync", fail)
+    assert runtime.flusher.flush_once(time.time(), everything=True).updated == 1
+    assert "The journal is in trouble" in caplog.text
+    assert Session.objects.count() == 1
+
+
+def test_without_a_journal_there_is_nothing_to_keep(runtime: Runtime) -> None:
+    runtime.flusher.journal.keep_once(time.time())
+    runtime.flusher.journal.sync_once(time.time())
+    assert runtime.flusher.journal.interval is None
+    runtime.store.swap_journal(time.time())

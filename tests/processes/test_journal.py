@@ -1,0 +1,209 @@
+"""The journal under real processes that are killed: nothing acknowledged is lost, nothing torn.
+
+Power loss is simulated by killing every process and removing the host store, which is what a
+reboot does to shared memory. (What was not synced by then is cut off in unit/test_journal.py.)
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.models import Session
+from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
+from tests.processes.conftest import Site, wait_until
+
+WRITERS = 8
+WRITE = """
+import sys
+import django; django.setup()
+from deferred_sessions.backend import SessionStore
+number = 0
+while True:
+    session = SessionStore(sys.argv[1])
+    session["n"] = session["n"] + 1
+    session["ballast"] = "x" * (session["n"] % 3000)
+    session.save()
+    print(session["n"], flush=True)
+"""
+KEEP = """
+import sys, time
+import django; django.setup()
+from deferred_sessions.runtime import get_runtime
+swaps = 0
+runtime = get_runtime()
+while True:
+    runtime.flusher.journal.keep_once(time.time())
+    print(runtime.store.journal.position()[0], flush=True)
+    time.sleep(float(sys.argv[1]))
+"""
+
+
+class Writers:
+    """Processes that save, and a file each in which they acknowledge it."""
+
+    def __init__(self, site: Site, place: Path, count: int) -> None:
+        self.keys: list[str] = []
+        self._outputs: list[Path] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._site = site
+        for number in range(count):
+            session = SessionStore()
+            session["n"] = 0
+            session.save()
+            self.keys.append(str(session.session_key))
+            self._outputs.append(place / f"writer{number}")
+            self._outputs[-1].touch()
+
+    def start(self) -> None:
+        for key, output in zip(self.keys, self._outputs, strict=True):
+            with output.open("ab") as file:
+                self._processes.append(self._site.start("-c", WRITE, key, stdout=file, kill=True))
+
+    def acknowledged(self) -> list[int]:
+        """Return the last number that each said; a line may have been cut short."""
+        lines = [output.read_bytes().rpartition(b"\n")[0].split() for output in self._outputs]
+        return [int(each[-1]) if each else 0 for each in lines]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        self._processes.clear()
+
+
+@pytest.fixture
+def journaled(make_site: Callable[..., Site], tmp_path: Path) -> Callable[..., Site]:
+    def make(**settings: Any) -> Site:
+        return make_site(
+            JOURNAL_DIRECTORY=str(tmp_path / "journal"), JOURNAL_SIZE=1 << 20, **settings
+        )
+
+    return make
+
+
+def lose_power(site: Site) -> Runtime:
+    reset_runtime()
+    shutil.rmtree(site.directory)
+    return get_runtime()
+
+
+def assert_nothing_is_lost(writers: Writers) -> None:
+    for key, acknowledged in zip(writers.keys, writers.acknowledged(), strict=True):
+        session = SessionStore(key)
+        assert acknowledged <= session["n"] <= acknowledged + 1
+        assert session.get("ballast", "") == "x" * (session["n"] % 3000)
+
+
+def test_d01_writers_are_killed_and_power_is_lost(
+    journaled: Callable[..., Site], tmp_path: Path
+) -> None:
+    """Five times over; in the end everything is in PostgreSQL."""
+    site = journaled()
+    writers = Writers(site, tmp_path, 3)
+    for turn in range(1, 6):
+        goal = turn * 20
+        writers.start()
+        wait_until(lambda goal=goal: min(writers.acknowledged()) >= goal, what="saves")
+        writers.kill()
+        lose_power(site)
+        assert_nothing_is_lost(writers)
+
+    report = get_runtime().flusher.flush_once(time.time(), everything=True)
+    assert (report.failure, report.remaining) == ("", 0)
+    for key in writers.keys:
+        assert Session.objects.get(pk=key).get_decoded() == SessionStore(key).load()
+
+
+def test_d04_swaps_under_load(journaled: Callable[..., Site], tmp_path: Path) -> None:
+    """Eight writers; logs of 1 MiB are swapped, flushed and reset all the time."""
+    site = journaled(SYNC_INTERVAL=0.01)
+    writers = Writers(site, tmp_path, WRITERS)
+    output = tmp_path / "keeper"
+    with output.open("wb") as file:
+        keeper = site.start("-c", KEEP, "0.01", stdout=file, kill=True)
+    writers.start()
+
+    def swaps() -> int:
+        lines = output.read_bytes().rpartition(b"\n")[0].split()
+        return int(lines[-1]) if lines else 0
+
+    wait_until(lambda: swaps() >= 8, what="eight swaps")
+    keeper.kill()
+    writers.kill()
+    lose_power(site)
+    assert_nothing_is_lost(writers)
+
+
+def test_the_keeper_is_killed_in_mid_swap_and_mid_reset(
+    journaled: Callable[..., Site], tmp_path: Path
+) -> None:
+    """At random moments, while it does nothing else; and power is lost with it."""
+    site = journaled(SYNC_INTERVAL=0.001, JOURNAL_AGE=0.001)
+    writers = Writers(site, tmp_path, 2)
+    chance = random.Random(5)
+    for turn in range(1, 9):
+        goal = turn * 15
+        writers.start()
+        keeper = site.start("-c", KEEP, "0", stdout=subprocess.PIPE, kill=True)
+        assert keeper.stdout is not None
+        keeper.stdout.readline()
+        wait_until(lambda goal=goal: min(writers.acknowledged()) >= goal, what="saves")
+        time.sleep(chance.uniform(0, 0.02))
+        keeper.kill()
+        keeper.wait()
+        keeper.stdout.close()
+        writers.kill()
+        if turn % 2:
+            lose_power(site)
+        assert_nothing_is_lost(writers)
+    get_runtime().flusher.flush_once(time.time(), everything=True)
+
+
+def test_a_recovery_that_is_killed(journaled: Callable[..., Site], tmp_path: Path) -> None:
+    """kill -9 in the middle, again and again; then it ends as if nothing had been."""
+    site = journaled()
+    writers = Writers(site, tmp_path, 4)
+    writers.start()
+    wait_until(lambda: min(writers.acknowledged()) >= 50, what="saves")
+    writers.kill()
+    reset_runtime()
+    shutil.rmtree(site.directory)
+    chance = random.Random(3)
+    for _ in range(6):
+        process = site.start(
+            *("-c", "import django; django.setup(); print('go', flush=True)\n" + OPEN),
+            stdout=subprocess.PIPE,
+            kill=True,
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(chance.uniform(0, 0.01))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert_nothing_is_lost(writers)
+
+
+OPEN = "from deferred_sessions.runtime import get_runtime; get_runtime().store.open()"
+
+
+def test_a_save_on_disk_is_shared_by_savers(journaled: Callable[..., Site], tmp_path: Path) -> None:
+    """SYNC_INTERVAL 0: eight processes; what each was told is on disk when it is told."""
+    site = journaled(SYNC_INTERVAL=0)
+    writers = Writers(site, tmp_path, WRITERS)
+    writers.start()
+    wait_until(lambda: min(writers.acknowledged()) >= 10, what="saves")
+    writers.kill()
+    lose_power(site)
+    assert_nothing_is_lost(writers)

@@ -1,0 +1,440 @@
+"""The journal: what a host that loses its memory gets back, byte by byte."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deferred_sessions import lifecycle
+from deferred_sessions.exceptions import JournalError, StoreFullError
+from deferred_sessions.memory import log_file, recovery
+from deferred_sessions.memory.journal import LOGS, Journal
+from deferred_sessions.memory.log_file import HEADER_SIZE, Header
+from deferred_sessions.memory.store import HostStore
+from deferred_sessions.record import SessionRecord
+from tests.unit import records
+from tests.unit.records import POLICY, key, save
+
+NOW = time.time()
+MIB = 1 << 20
+FORK = multiprocessing.get_context("fork")
+SALT = b"s" * 16
+
+
+class Host:
+    """A host with a journal; it can lose its memory."""
+
+    def __init__(self, place: Path, *, size: int = MIB, identity: str = "tests") -> None:
+        self.place = place
+        self.size = size
+        self.identity = identity
+        self.store = self._start()
+
+    @property
+    def logs(self) -> Path:
+        return self.place / "journal"
+
+    @property
+    def journal(self) -> Journal:
+        assert self.store.journal is not None
+        return self.store.journal
+
+    def lose_power(self) -> None:
+        """What a reboot does to shared memory; what was synced is on disk."""
+        self.store.close()
+        shutil.rmtree(self.place / "store")
+        self.store = self._start()
+
+    def records(self) -> dict[str, SessionRecord]:
+        return {record.key: record for record in self.store.scan()}
+
+    def active(self) -> Path:
+        return self.logs / LOGS[self.journal.position()[0] & 1]
+
+    def _start(self) -> HostStore:
+        journal = Journal(
+            self.logs,
+            store=self.place / "store",
+            size=self.size,
+            sync_interval=0.1,
+            identity=self.identity,
+        )
+        store = HostStore(
+            self.place / "store", size=8 * MIB, identity=self.identity, journal=journal
+        )
+        store.open()
+        return store
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path)
+    yield host
+    host.store.close()
+
+
+def put(store: HostStore, key: str, *, at: float = NOW, **options: Any) -> SessionRecord:
+    return records.put(store, key, at=at, **options)
+
+
+# The log
+
+
+def log_of(*records: tuple[bytes, bytes]) -> bytes:
+    log = Header(1, SALT, b"i" * 32).encode()
+    for name, data in records:
+        log += log_file.encode(name, data, len(log), SALT)
+    return log
+
+
+def read(log: bytes) -> list[tuple[bytes, bytes]]:
+    return [(frame.key.encode(), frame.data) for frame in log_file.frames(log, SALT)]
+
+
+def test_d09_a_log_is_read_as_it_was_written() -> None:
+    records = [(b"a" * 32, b"x"), (b"b" * 8, b""), (b"c" * 40, os.urandom(5000))]
+    assert read(log_of(*records)) == records
+    assert read(log_of(*records) + b"\0" * 100) == records
+
+
+def test_d09_a_log_cut_anywhere_ends_with_the_last_whole_record() -> None:
+    """At every byte offset."""
+    records = [(b"a" * 32, b"first"), (b"b" * 32, b"second" * 9), (b"c" * 32, b"third")]
+    whole = log_of(*records)
+    ends = [len(log_of(*records[:count])) for count in range(4)]
+    for cut in range(HEADER_SIZE, len(whole)):
+        expected = records[: max(n for n, end in enumerate(ends) if end <= cut)]
+        assert read(whole[:cut]) == expected
+        assert read(whole[:cut].ljust(len(whole) + 64, b"\0")) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 7), st.integers(1, 20))
+def test_d09_a_flipped_bit_is_found(place: int, bit: int, count: int) -> None:
+    """Everything before it is read, nothing wrong is."""
+    records = [(f"key{number:029}".encode(), b"data" * number) for number in range(count)]
+    log = bytearray(log_of(*records))
+    place = HEADER_SIZE + place % (len(log) - HEADER_SIZE)
+    log[place] ^= 1 << bit
+    found = read(bytes(log))
+    assert found == records[: len(found)]
+    assert len(log_of(*records[: len(found)])) <= place
+    assert place < len(log_of(*records[: len(found) + 1]))
+
+
+def test_a_frame_within_a_session_is_not_one() -> None:
+    """A visitor who knows the format does not know the salt."""
+    at = HEADER_SIZE + 40
+    forged = log_file.encode(b"v" * 32, b"forged", at, b"guess" * 3 + b"x")
+    log = log_of((b"a" * 32, forged))
+    assert read(log[:HEADER_SIZE] + log[at:]) == []
+    assert [name for name, _ in read(log)] == [b"a" * 32]
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 128, b"\0" * 10])
+def test_a_log_that_was_reset_has_no_header(data: bytes) -> None:
+    assert Header.decode(data, Path("log")) is None
+
+
+def test_a_torn_header_is_no_header() -> None:
+    header = Header.new(7, "tests").encode()
+    for cut in range(1, 66):
+        assert Header.decode(header[:cut].ljust(HEADER_SIZE, b"\0"), Path("log")) is None
+    assert Header.decode(header, Path("log")) is not None
+
+
+# Recovery
+
+
+def test_d01_memory_is_rebuilt_from_the_log(host: Host) -> None:
+    """D01: what was saved is there again, dirty and due; what PostgreSQL had is not needed."""
+    new = put(host.store, key(1), payload=b"one", at=NOW)
+    put(host.store, key(2), clean=True)
+    changed = save(host.store, key(2), b"two", at=NOW + 1)
+    put(host.store, key(3), clean=True)
+    assert changed is not None
+    host.journal.sync(NOW)
+    host.lose_power()
+
+    found = host.records()
+    assert set(found) == {key(1), key(2)}
+    assert found[key(1)].payload == b"one"
+    assert (found[key(2)].payload, found[key(2)].version) == (b"two", changed.version)
+    assert found[key(1)].stored_version == new.stored_version == 0
+    assert found[key(2)].stored_version == 1
+    assert all(record.is_dirty for record in found.values())
+    assert [dirty.key for dirty in host.store.due(2**40, limit=9)] == [key(1), key(2)]
+
+
+def test_the_last_state_counts(host: Host) -> None:
+    put(host.store, key(1))
+    for number in range(50):
+        save(host.store, key(1), f"{number}".encode(), at=NOW)
+    host.lose_power()
+    assert host.records()[key(1)].payload == b"49"
+
+
+def test_a_deleted_session_stays_deleted(host: Host) -> None:
+    """Also if the host was away for longer than a deletion is remembered otherwise."""
+    put(host.store, key(1), clean=True, at=NOW)
+    save(host.store, key(1), b"x", at=NOW)
+    host.store.bury(key(1), lambda r: r and lifecycle.deleted(r, r.key, now=NOW, policy=POLICY))
+    host.lose_power()
+    record = host.records()[key(1)]
+    assert record.is_tombstone
+    assert record.is_dirty
+
+
+def test_what_has_expired_is_not_recovered(host: Host) -> None:
+    put(host.store, key(1), at=1000.0)
+    host.lose_power()
+    assert host.records() == {}
+
+
+def test_power_is_lost_again_and_again(host: Host) -> None:
+    """Replayed twice, the result is the same; and what came in between is there, too."""
+    put(host.store, key(1), payload=b"one")
+    host.lose_power()
+    first = host.records()
+    host.lose_power()
+    assert {k: r.payload for k, r in host.records().items()} == {
+        k: r.payload for k, r in first.items()
+    }
+    put(host.store, key(2), payload=b"two")
+    host.lose_power()
+    host.lose_power()
+    assert {k: r.payload for k, r in host.records().items()} == {key(1): b"one", key(2): b"two"}
+
+
+def test_a_log_cut_at_every_offset_of_its_last_records(host: Host, tmp_path: Path) -> None:
+    """Each session is at a state that was saved, at least at the last one synced."""
+    put(host.store, key(1))
+    for number in range(3):
+        save(host.store, key(1), f"state {number}".encode(), at=NOW)
+    host.journal.sync(NOW)
+    synced = host.journal.size()
+    for number in range(3, 6):
+        save(host.store, key(1), f"state {number}".encode(), at=NOW)
+    path, end = host.active(), host.journal.size()
+    whole = path.read_bytes()
+    states = [f"state {number}".encode() for number in range(6)]
+    for cut in range(synced, end + 1):
+        found = recovery.read(_journal_of(tmp_path / str(cut), path.name, whole[:cut]))
+        (data,) = found.newest.values()
+        assert any(data.endswith(state) for state in states[2:])
+    assert data.endswith(b"state 5")
+
+
+def _journal_of(place: Path, name: str, log: bytes) -> Journal:
+    (place / "journal").mkdir(parents=True)
+    (place / "journal" / name).write_bytes(log)
+    return Journal(
+        place / "journal", store=place / "store", size=MIB, sync_interval=0.1, identity="tests"
+    )
+
+
+def test_a_recovery_that_is_killed_is_repeated(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each of its steps, and again; the store is not trusted before it is whole."""
+    for number in range(30):
+        put(host.store, key(number), payload=f"{number}".encode())
+    monkeypatch.setattr(recovery, "PART", 10)
+    steps = ["unlink", "rename", "_begin", "fsync", "put"]
+    for step in [*steps, *reversed(steps)]:
+        host.store.close()
+        shutil.rmtree(host.place / "store")
+        with monkeypatch.context() as patch:
+            _break(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                list(host._start().scan())
+        host.store = host._start()
+        payloads = {record.payload for record in host.store.scan()}
+        assert payloads == {f"{number}".encode() for number in range(30)}
+
+
+def _break(patch: pytest.MonkeyPatch, step: str) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    if step == "put":
+        real, calls = recovery.tables.update_many, iter(range(9))
+
+        def update_many(*arguments: object) -> None:
+            if next(calls) == 1:
+                die()
+            real(*arguments)  # type: ignore[arg-type]
+
+        patch.setattr(recovery.tables, "update_many", update_many)
+    elif step == "_begin":
+        patch.setattr(Journal, "_begin", die)
+    elif step == "fsync":
+        patch.setattr(Journal, "_sync_directory", die)
+    else:
+        real_step = getattr(Path, step)
+
+        def only_for_logs(path: Path, *arguments: object, **options: object) -> object:
+            if path.name.startswith("log."):
+                die()
+            return real_step(path, *arguments, **options)
+
+        patch.setattr(Path, step, only_for_logs)
+
+
+def test_a_store_that_gets_a_journal_later(tmp_path: Path) -> None:
+    """What is dirty then is logged at once."""
+    plain = HostStore(tmp_path / "store", size=8 * MIB, identity="tests")
+    put(plain, key(1), payload=b"early")
+    plain.close()
+    host = Host(tmp_path)
+    host.lose_power()
+    assert host.records()[key(1)].payload == b"early"
+    host.store.close()
+
+
+@pytest.mark.parametrize("log", [b"garbage", os.urandom(5000), b"DSESSLOG\xff\xff" + b"x" * 200])
+def test_a_log_of_something_else_is_left_alone(
+    tmp_path: Path, log: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, kept, and no error for any request."""
+    (tmp_path / "journal").mkdir(mode=0o700)
+    (tmp_path / "journal" / "log.0").write_bytes(log)
+    host = Host(tmp_path)
+    put(host.store, key(1))
+    assert "It is left alone, as " in caplog.text
+    (kept,) = (tmp_path / "journal").glob("log.0.rejected-*")
+    assert kept.read_bytes() == log
+    host.store.close()
+
+
+def test_a_log_of_another_project(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    put(host.store, key(1))
+    host.store.close()
+    shutil.rmtree(host.place / "store")
+    other = Host(host.place, identity="another")
+    assert other.records() == {}
+    assert "belongs to another project" in caplog.text
+    other.store.close()
+
+
+def test_a_log_with_a_hole(host: Host) -> None:
+    """All before the hole is recovered."""
+    for number in range(10):
+        put(host.store, key(number), payload=b"x" * 4000)
+    path = host.active()
+    with path.open("r+b") as file:
+        file.seek(20_000)
+        file.write(b"\0" * 4096)
+    host.lose_power()
+    assert 3 <= len(host.records()) < 6
+
+
+def test_records_of_another_layout_are_counted(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(host.store, key(1))
+    host.journal.append(key(2).encode(), b"\xff" * 300)
+    host.lose_power()
+    assert set(host.records()) == {key(1)}
+    assert "1 records could not be read" in caplog.text
+
+
+# Swap and reset
+
+
+def test_d04_two_logs_are_swapped(host: Host) -> None:
+    """D04, D05: the other log goes on; the retired one gives its space back when told to."""
+    put(host.store, key(1), payload=b"one")
+    first = host.active()
+    host.journal.prepare()
+    host.store.swap_journal(NOW + 5)
+    assert host.active() != first
+    assert host.journal.swapped_at() == pytest.approx(NOW + 5)
+    assert host.journal.retired() > HEADER_SIZE
+    put(host.store, key(2), payload=b"two")
+    host.lose_power()
+    assert set(host.records()) == {key(1), key(2)}
+
+    host.journal.prepare()
+    host.store.swap_journal(NOW + 6)
+    host.journal.reset()
+    assert host.journal.retired() == 0
+    resting = host.logs / LOGS[(host.journal.position()[0] + 1) & 1]
+    assert resting.stat().st_size == resting.stat().st_blocks == 0
+
+
+def test_another_process_sees_a_swap(host: Host) -> None:
+    """Its files are those of the generation before."""
+    put(host.store, key(1))
+    ready, swapped = FORK.Event(), FORK.Event()
+
+    def another() -> None:
+        put(host.store, key(2))
+        ready.set()
+        swapped.wait(30)
+        put(host.store, key(3))
+
+    process = FORK.Process(target=another)
+    process.start()
+    assert ready.wait(30)
+    host.journal.prepare()
+    host.store.swap_journal(NOW)
+    swapped.set()
+    process.join(30)
+    assert host.journal.size() > HEADER_SIZE
+    host.lose_power()
+    assert set(host.records()) == {key(1), key(2), key(3)}
+
+
+def test_a_full_journal_refuses_and_still_takes_deletions(host: Host) -> None:
+    """Four times its size; then saves go straight to PostgreSQL."""
+    put(host.store, key(1))
+    with pytest.raises(StoreFullError, match="journal is full"):
+        for number in range(10_000):
+            save(host.store, key(1), f"{number}".encode() * 1000, at=NOW)
+    size = host.journal.size()
+    assert 3 * MIB < size <= 4 * MIB
+    before = host.store.get(key(1))
+    host.store.bury(key(1), lambda r: r and lifecycle.deleted(r, r.key, now=NOW, policy=POLICY))
+    assert before is not None
+    host.lose_power()
+    assert host.records()[key(1)].is_tombstone
+
+
+def test_a_sync_tells_what_a_power_loss_would_take(host: Host) -> None:
+    assert host.journal.unsynced() == 0
+    put(host.store, key(1))
+    assert host.journal.unsynced() > 0
+    host.journal.sync(NOW)
+    assert host.journal.unsynced() == 0
+
+
+def test_a_disk_without_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(JournalError, match=r"cannot be made in .* Make room"):
+        host.journal.prepare()
+    put(host.store, key(1))  # the active log has its room
+
+
+def test_a_disk_that_becomes_read_only(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(host.store, key(1))
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(StoreFullError, match="Read-only file system"):
+        save(host.store, key(1), b"x", at=NOW)
+    record = host.store.get(key(1))
+    assert record is not None
+    assert record.version == 1
