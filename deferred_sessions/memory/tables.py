@@ -58,6 +58,8 @@ class StoreStatus(NamedTuple):
     """Bytes of the map."""
     used: int
     """Bytes of the map that hold something."""
+    reusable: int
+    """Bytes that held something before, and will again."""
 
 
 def get(txn: lmdb.Transaction, _dbs: Databases, key: str) -> SessionRecord | None:
@@ -288,11 +290,13 @@ def used_pages(txn: lmdb.Transaction, dbs: Databases) -> int:
 
 def status(txn: lmdb.Transaction, dbs: Databases) -> StoreStatus:
     """Return the figures of the store."""
+    info, page_size, pages = dbs.env.info(), dbs.env.stat()["psize"], used_pages(txn, dbs)
     return StoreStatus(
         records=txn.stat(dbs.records)["entries"],
         dirty=txn.stat(dbs.due)["entries"],
-        size=dbs.env.info()["map_size"],
-        used=used_pages(txn, dbs) * dbs.env.stat()["psize"],
+        size=info["map_size"],
+        used=pages * page_size,
+        reusable=max(0, info["last_pgno"] + 1 - pages) * page_size,
     )
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from django.core.management import CommandError, call_command
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.management.commands import sessionstats
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.log_file import HEADER_SIZE
 from deferred_sessions.models import Session
@@ -273,3 +277,88 @@ def test_without_a_journal_there_is_nothing_to_keep(runtime: Runtime) -> None:
     runtime.flusher.journal.sync_once(time.time())
     assert runtime.flusher.journal.interval is None
     runtime.store.swap_journal(time.time())
+
+
+# Commands
+
+
+def run(*arguments: str) -> str:
+    out = StringIO()
+    call_command(*arguments, stdout=out)
+    return out.getvalue()
+
+
+def test_recoversessions(journaled: Callable[..., Runtime], directory: Path) -> None:
+    """First a look, then all of it; and again, which finds nothing to do."""
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    reset_runtime()
+    shutil.rmtree(directory)
+    assert "1 records of 1 sessions" in run("recoversessions", "--check")
+    assert not directory.exists()
+
+    out = run("recoversessions")
+    assert "1 sessions were in the journal" in out
+    assert "1 rows were written, 0 are left." in out
+    assert row(session.session_key) == {"n": 1}
+    assert "Memory is intact" in run("recoversessions")
+    assert "Memory is intact" in run("recoversessions", "--check")
+
+
+def test_recoversessions_that_cannot_write(
+    journaled: Callable[..., Runtime], outage: Outage
+) -> None:
+    journaled()
+    change(created(n=0), n=1)
+    outage.begin()
+    with pytest.raises(CommandError, match="stay dirty"):
+        run("recoversessions")
+
+
+def test_recoversessions_without_a_journal(runtime: Runtime) -> None:
+    with pytest.raises(CommandError, match="JOURNAL_DIRECTORY"):
+        run("recoversessions")
+
+
+def test_recoversessions_tells_of_other_logs(
+    journaled: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    (tmp_path / "journal").mkdir(mode=0o700)
+    (tmp_path / "journal" / "log.0").write_bytes(b"something else")
+    journaled()
+    assert "is not a log of sessions" in run("recoversessions", "--check")
+
+
+def test_d03_sessionstats(journaled: Callable[..., Runtime]) -> None:
+    journaled()
+    created(_auth_user_id="7")
+    change(created(n=0), text="x" * 5000)
+    figures = json.loads(run("sessionstats", "--json"))
+    assert (figures["sessions"], figures["dirty"], figures["logged_in"]) == (2, 1, 1)
+    assert figures["sessions_of_users"] == {"7": 1}
+    assert figures["sizes"]["< 16 KiB"] == 1
+    assert figures["space"]["allocated"] == 16 << 20
+    assert figures["journal"]["unsynced_bytes"] > 5000
+
+    out = run("sessionstats")
+    assert "2 sessions, 1 of 1 users" in out
+    assert "journal: log 1," in out
+    assert "< 16 KiB          1 ####################" in out
+
+
+def test_sessionstats_of_a_host_without_sessions(runtime: Runtime) -> None:
+    with pytest.raises(CommandError, match="no sessions in memory"):
+        run("sessionstats")
+    assert not runtime.store.exists()
+
+
+def test_sessionstats_shows_how_far_it_is(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    created(n=1)
+    created(n=2)
+    monkeypatch.setattr(sessionstats, "STEP", 1)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    run("sessionstats")
+    assert "[####################                    ]  50%" in capsys.readouterr().err

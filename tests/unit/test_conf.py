@@ -44,7 +44,7 @@ def test_e001_not_a_dictionary(settings: Any, raw: Any) -> None:
 
 
 def test_e002_unknown_key(settings: Any) -> None:
-    settings.DEFERRED_SESSIONS = {"flush_interval": 3, "JOURNAL_DIRECTORY": "/x"}
+    settings.DEFERRED_SESSIONS = {"flush_interval": 3, "JURNAL_DIRECTORY": "/x"}
 
     messages = check_settings()
     assert [m.id for m in messages] == ["deferred_sessions.E002"] * 2
@@ -64,7 +64,11 @@ BAD: dict[str, list[Any]] = {
     "CREATE_WHEN_DOWN": ["no"],
     "BATCH_SIZE": [0, 10**9, 2.0, None],
     "DIRECTORY": ["relative/path", 3, "", "/dev/shm/nul\0"],
-    "STORE_SIZE": [0, 1024, "256M", 1e9],
+    "STORE_SIZE": [0, 1024, "256M", 1e9, 10**15],
+    "JOURNAL_DIRECTORY": ["relative/path", 3, "", "/var/nul\0"],
+    "JOURNAL_SIZE": [0, 1024, "64M", 10**15, None],
+    "JOURNAL_AGE": [0, -1, "300", None, float("inf")],
+    "SYNC_INTERVAL": [-0.1, 61, "0.1", None, True],
     "CACHE_SIZE": [-1, None, 1.5],
     "SERVERS": ["default", [], ["a", "b"], [3], None],
 }

@@ -107,7 +107,7 @@ def test_d09_a_log_is_read_as_it_was_written() -> None:
 
 
 def test_d09_a_log_cut_anywhere_ends_with_the_last_whole_record() -> None:
-    """At every byte offset."""
+    """D09: at every byte offset."""
     records = [(b"a" * 32, b"first"), (b"b" * 32, b"second" * 9), (b"c" * 32, b"third")]
     whole = log_of(*records)
     ends = [len(log_of(*records[:count])) for count in range(4)]
