@@ -26,6 +26,7 @@ from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import NEVER, Policy
+from deferred_sessions.record import SessionRecord
 from deferred_sessions.report import FlushReport
 from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.server import SessionServer
@@ -122,7 +123,7 @@ class Flusher:
             report = self.flush_once(now, everything=True)
             if report.failure:
                 raise ServerUnavailableError(report.failure)
-            self._store.forget_expired(now)
+            self._forget_expired(now)
         self._server.clear_expired(now, spare=self._alive_in_memory(now))
         self._revocations.prune(now)
 
@@ -159,6 +160,18 @@ class Flusher:
         last = self.last_report()
         was_set_back = last is not None and last.at > now
         return NEVER if everything or was_set_back or self._store.is_crowded() else now
+
+    def _forget_expired(self, now: float) -> None:
+        """Remove the clean sessions that have expired from memory; looks at every record."""
+
+        def transition(record: SessionRecord | None) -> SessionRecord | None:
+            if record is None or record.is_dirty or record.expires_at > now:
+                return record
+            return None
+
+        scan = self._store.scan()
+        gone = [r.key for r in scan if not r.is_tombstone and transition(r) is None]
+        self._store.update_many(dict.fromkeys(gone, transition))
 
     def _alive_in_memory(self, now: float) -> list[str]:
         """Return the keys of the sessions that have expired in PostgreSQL only."""

@@ -8,13 +8,18 @@ of a later one that has left memory meanwhile.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Final, NamedTuple
 
 from deferred_sessions import lifecycle
 from deferred_sessions.encoding import RowEncoder
-from deferred_sessions.exceptions import RecordCorruptError, StoreFullError
+from deferred_sessions.exceptions import (
+    RecordCorruptError,
+    ServerUnavailableError,
+    StoreFullError,
+)
 from deferred_sessions.memory.store import HostStore
-from deferred_sessions.record import SessionRecord
+from deferred_sessions.record import RECOVERED, SessionRecord
 from deferred_sessions.servers.rows import Row
 from deferred_sessions.servers.server import SessionServer
 
@@ -54,7 +59,9 @@ class Intake:
         found = None
         for _ in range(ATTEMPTS):
             removals = self._store.removals()
-            row = self._server.read(key)
+            row = self._read(key)
+            if isinstance(row, Found):
+                return row
             if row is None:
                 return None
             found = self.found(row, now)
@@ -67,6 +74,19 @@ class Intake:
             if kept is not None:
                 return Found(kept, is_kept=True)
         return found
+
+    def _read(self, key: str) -> Row | Found | None:
+        """Return the row; or what the journal had, if that is the later one, or all there is."""
+        known = self._store.get(key)
+        if known is None or not known.flags & RECOVERED:
+            return self._server.read(key)
+        try:
+            row = self._server.read(key)
+        except ServerUnavailableError:
+            return Found(known, is_kept=True)
+        confirm = partial(lifecycle.confirmed, row_version=0 if row is None else row.version)
+        after = self._store.update(key, lambda record: record and confirm(record))[1]
+        return row if after is None else Found(after, is_kept=True)
 
     def found(self, row: Row, now: float) -> Found:
         """Return what `row` holds as a clean record; an empty session if it is unreadable."""

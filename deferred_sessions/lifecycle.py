@@ -15,7 +15,14 @@ from __future__ import annotations
 from typing import Final
 
 from deferred_sessions.policy import NEVER, Policy
-from deferred_sessions.record import CHANGED, TOMBSTONE, TOUCHED, Head, SessionRecord
+from deferred_sessions.record import (
+    CHANGED,
+    RECOVERED,
+    TOMBSTONE,
+    TOUCHED,
+    Head,
+    SessionRecord,
+)
 
 TOMBSTONE_LIFETIME: Final = 300.0
 """Seconds a deletion is remembered after PostgreSQL has it: longer than a request
@@ -248,7 +255,19 @@ def is_remembered(record: SessionRecord | Head, *, now: float) -> bool:
 
 def recovered(record: SessionRecord, *, now: float) -> SessionRecord:
     """Return `record` as the journal had it: nobody knows what PostgreSQL has; due before now."""
-    return forgotten(record, now=now)._replace(due_at=now - 1.0, used_at=now, entered_at=now)
+    flags = record.flags | CHANGED | (0 if record.is_tombstone else RECOVERED)
+    return forgotten(record, now=now)._replace(
+        flags=flags, due_at=now - 1.0, used_at=now, entered_at=now
+    )
+
+
+def confirmed(record: SessionRecord, *, row_version: int) -> SessionRecord | None:
+    """Return a recovered record once its row was read; None if the row is the later one."""
+    if not record.flags & RECOVERED:
+        return record
+    if row_version > record.version:
+        return None
+    return record._replace(flags=record.flags & ~RECOVERED)
 
 
 def unstored(record: SessionRecord, *, now: float) -> SessionRecord:

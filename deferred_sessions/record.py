@@ -29,6 +29,7 @@ FORMAT: Final = 2
 CHANGED: Final = 1  # PostgreSQL does not have this payload (or this deletion)
 TOUCHED: Final = 2  # PostgreSQL has an older expiry
 TOMBSTONE: Final = 4  # a remembered deletion; the payload is empty
+RECOVERED: Final = 8  # from the journal; nobody has asked yet whether PostgreSQL has a later one
 DIRTY: Final = CHANGED | TOUCHED
 
 _HEADER: Final = struct.Struct("<BHBIIQQQdddddddd")

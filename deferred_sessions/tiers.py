@@ -28,7 +28,7 @@ from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import TOMBSTONE, SessionRecord
+from deferred_sessions.record import RECOVERED, TOMBSTONE, SessionRecord
 from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.write_through import WriteThrough
@@ -75,7 +75,7 @@ class Tiers:
         known = self._cache.get(key)
         version, entered_at = UNKNOWN if known is None else known[:2]
         found = self._store.look(key, version, entered_at)
-        if found is None:
+        if found is None or found.flags & RECOVERED:
             return Memory.UNKNOWN
         if found.flags & TOMBSTONE or found.expires_at <= now:
             self._cache.drop(key)
@@ -187,7 +187,7 @@ class Tiers:
         record = self._store.get(key)
         if record is not None and (record.is_tombstone or record.expires_at <= now):
             raise SessionDeletedError(DELETED)
-        return record
+        return None if record is None or record.flags & RECOVERED else record
 
     def newest(self, key: str, now: float) -> SessionRecord:
         """Return the session as memory has it, or else PostgreSQL.

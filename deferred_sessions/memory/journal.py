@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,8 @@ from deferred_sessions.memory.log_file import HEADER_SIZE, Header
 STATE_FILE: Final = "journal"
 STATE_SIZE: Final = 4096
 LOGS: Final = ("log.0", "log.1")
+FIRST_LOOK, LAST_LOOK = 0.0001, 0.002  # seconds between looks at the synced position
+ZEROS: Final = bytes(1 << 20)
 GROWTH: Final = 4  # times its size that a log may have while nothing can be flushed
 SMALL, RESERVE = 128, 1 << 20  # bytes of a record, and room for many such ones
 FULL: Final = (
@@ -86,7 +89,7 @@ class Journal:
 
     def swap(self, now: float) -> None:
         """Retire the active log and go on in the other, which `prepare` has made ready."""
-        words = self._words or self._map()
+        words = self._map_words()
         generation = words[_GENERATION]
         self._open(generation)
         os.fdatasync(self._descriptors[generation & 1])
@@ -100,13 +103,13 @@ class Journal:
 
     def position(self) -> tuple[int, int]:
         """Return where the next record goes: the log's generation, and its offset."""
-        words = self._words or self._map()
+        words = self._map_words()
         generation = words[_GENERATION]
         return generation, words[_POSITION + (generation & 1)]
 
     def sync(self, now: float) -> None:
         """Have on disk what the active log was told until now."""
-        words = self._words or self._map()
+        words = self._map_words()
         generation, position = self.position()
         active = generation & 1
         if position > words[_SYNCED + active]:
@@ -120,13 +123,18 @@ class Journal:
         """Return when all that this process was told is on disk; savers share the syncs."""
         generation, position = self.position()
         while not self._is_synced(generation, position):
-            with self._syncing.held(wait=True):
-                if not self._is_synced(generation, position):
+            with self._syncing.held(wait=False) as is_held:
+                if is_held:
                     self.sync(now)
+            # Not queueing for the lock: one sync wakes all who wait, without a word.
+            pause = FIRST_LOOK
+            while not is_held and not self._is_synced(generation, position) and pause < LAST_LOOK:
+                time.sleep(pause)
+                pause *= 1.5
 
     def is_behind(self, now: float) -> bool:
         """Tell whether nobody has synced for so long that the saver has to."""
-        words = self._words or self._map()
+        words = self._map_words()
         return now - words[_SYNCED_AT] / 1e6 > 2 * self.sync_interval + 1.0
 
     def size(self) -> int:
@@ -143,16 +151,16 @@ class Journal:
 
     def swapped_at(self) -> float:
         """Return when the active log was begun."""
-        return (self._words or self._map())[_SWAPPED_AT] / 1e6
+        return self._map_words()[_SWAPPED_AT] / 1e6
 
     def retired(self) -> int:
         """Return the bytes in the log that rests; 0 if it was reset."""
-        words = self._words or self._map()
+        words = self._map_words()
         return words[_POSITION + ((words[_GENERATION] + 1) & 1)]
 
     def unsynced(self) -> int:
         """Return the bytes that a power loss would take now."""
-        words = self._words or self._map()
+        words = self._map_words()
         generation, position = self.position()
         return max(0, position - words[_SYNCED + (generation & 1)])
 
@@ -166,7 +174,7 @@ class Journal:
 
     def reset(self) -> None:
         """Give the space of the retired log back."""
-        words = self._words or self._map()
+        words = self._map_words()
         generation = words[_GENERATION]
         self._open(generation)
         resting = (generation + 1) & 1
@@ -219,14 +227,17 @@ class Journal:
     # Inside
 
     def _is_synced(self, generation: int, position: int) -> bool:
-        words = self._words or self._map()
+        words = self._map_words()
         return words[_GENERATION] > generation or words[_SYNCED + (generation & 1)] >= position
 
     def _begin(self, descriptor: int, generation: int) -> bytes:
         """Give a log its space and its header; return the salt."""
         header = Header.new(generation, self.identity)
         try:
-            os.posix_fallocate(descriptor, 0, self._size)
+            # Zeros, not `fallocate`: the first write to blocks that were only reserved makes
+            # each `fdatasync` one of the file's metadata, too, at several times its cost.
+            for offset in range(0, self._size, len(ZEROS)):
+                os.pwrite(descriptor, ZEROS[: self._size - offset], offset)
             os.pwrite(descriptor, header.encode(), 0)
             os.fsync(descriptor)
         except OSError as error:
@@ -256,6 +267,9 @@ class Journal:
             return os.open(path, flags, 0o600)
         except OSError as error:
             raise JournalError(f"{path} cannot be opened: {error.strerror}.") from error
+
+    def _map_words(self) -> memoryview:
+        return self._words or self._map()
 
     def _map(self) -> memoryview:
         descriptor = self._descriptor(self._state)

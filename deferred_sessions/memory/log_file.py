@@ -13,6 +13,7 @@ of an earlier use of the file nor one that a visitor put into a session can pass
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def encode(name: bytes, data: bytes, offset: int, salt: bytes) -> bytes:
     return body + _TAIL.pack(crc32(body, crc32(salt)), END)
 
 
-def frames(log: bytes | memoryview, salt: bytes) -> Iterator[Frame]:
+def frames(log: bytes | mmap.mmap, salt: bytes) -> Iterator[Frame]:
     """Yield the records of a log, up to the first frame that is not whole."""
     position, seed = HEADER_SIZE, crc32(salt)
     while position + OVERHEAD <= len(log):
@@ -114,5 +115,5 @@ def frames(log: bytes | memoryview, salt: bytes) -> Iterator[Frame]:
         if last != END or crc32(body, seed) != checksum:
             return
         begin = _HEAD.size + name_length
-        yield Frame(str(body[_HEAD.size : begin], "ascii"), bytes(body[begin:]), end)
+        yield Frame(str(body[_HEAD.size : begin], "ascii"), body[begin:], end)
         position = end

@@ -53,9 +53,9 @@ def read(journal: Journal) -> Findings:
     versions: dict[str, int] = {}
     frames = unreadable = generation = 0
     rejected: list[tuple[Path, str]] = []
-    for header, log in sorted(_logs(journal, rejected), key=lambda found: found[0].generation):
+    for header, path in sorted(_logs(journal, rejected)):
         generation = max(generation, header.generation)
-        for key, data, _ in log_file.frames(log, header.salt):
+        for key, data, _ in _frames(path, header):
             frames += 1
             try:
                 version = decode_head(data).version
@@ -99,7 +99,9 @@ def put(dbs: Databases, newest: dict[str, bytes], now: float) -> None:
     """Put records into the store, dirty and due, where it has nothing later."""
     keys, said = sorted(newest), time.monotonic()
     for start in range(0, len(keys), PART):
-        part = [(key, partial(_recovered, key, newest[key], now)) for key in keys[start:][:PART]]
+        part = [
+            (key, partial(_recovered, key, newest[key], now)) for key in keys[start : start + PART]
+        ]
         with dbs.env.begin(dbs.records, write=True) as txn:
             tables.update_many(txn, dbs, part)
         if time.monotonic() - said > PROGRESS:
@@ -130,22 +132,24 @@ def _dirty(dbs: Databases) -> list[tuple[bytes, bytes]]:
         return [(name, txn.get(name, b"")) for name in names]
 
 
-def _logs(journal: Journal, rejected: list[tuple[Path, str]]) -> Iterator[tuple[Header, bytes]]:
+def _logs(journal: Journal, rejected: list[tuple[Path, str]]) -> Iterator[tuple[Header, Path]]:
     """Yield the logs that there are, with their headers."""
-    for name in LOGS:
-        path = journal.directory / name
-        if not path.exists() or path.stat().st_size == 0:
+    for path in (journal.directory / name for name in LOGS):
+        if not path.exists():
             continue
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as log:
-            try:
-                header = Header.decode(log[: log_file.HEADER_SIZE], path)
-            except JournalError as error:
-                rejected.append((path, str(error)))
-                continue
-            if header is None:
-                continue
-            if header.identity != log_file.digest(journal.identity):
-                why = f"{path} belongs to another project or database."
-                rejected.append((path, why))
-                continue
-            yield header, bytes(log)
+        with path.open("rb") as file:
+            start = file.read(log_file.HEADER_SIZE)
+        try:
+            header = Header.decode(start, path)
+        except JournalError as error:
+            rejected.append((path, str(error)))
+            continue
+        if header is not None and header.identity != log_file.digest(journal.identity):
+            rejected.append((path, f"{path} belongs to another project or database."))
+        elif header is not None:
+            yield header, path
+
+
+def _frames(path: Path, header: Header) -> Iterator[log_file.Frame]:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as log:
+        yield from log_file.frames(log, header.salt)

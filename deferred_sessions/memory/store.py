@@ -261,25 +261,6 @@ class HostStore:
         """Return the random name that this store got when it was made."""
         return (self._file.databases or self._file.open()).incarnation
 
-    def forget_expired(self, now: float) -> int:
-        """Remove the clean sessions that have expired by `now`; return how many.
-
-        Looks at every record, outside of any write transaction.
-        """
-
-        def transition(record: SessionRecord | None) -> SessionRecord | None:
-            if record is None or record.is_dirty or record.expires_at > now:
-                return record
-            return None
-
-        keys = [
-            record.key
-            for record in self.scan()
-            if not record.is_tombstone and transition(record) is None
-        ]
-        self.update_many(dict.fromkeys(keys, transition))
-        return len(keys)
-
     def clear(self) -> None:
         """Remove every record. For tests: what was dirty is lost."""
         self._write(tables.clear)

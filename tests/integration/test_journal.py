@@ -362,3 +362,39 @@ def test_sessionstats_shows_how_far_it_is(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     run("sessionstats")
     assert "[####################                    ]  50%" in capsys.readouterr().err
+
+
+def test_a_recovered_session_is_not_served_in_place_of_a_later_row(
+    journaled: Callable[..., Runtime], directory: Path, call: Call
+) -> None:
+    """Written through after the last sync, say a login; the first load asks PostgreSQL."""
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    journal().sync(time.time())
+    log = directory.parent / "journal" / f"log.{journal().position()[0] & 1}"
+    synced = log.read_bytes()
+    change(session, _auth_user_id="7")
+    reset_runtime()
+    log.write_bytes(synced)
+    runtime = lose_power(directory)
+
+    again = SessionStore(session.session_key)
+    assert call(again, "load") == {"n": 1, "_auth_user_id": "7"}
+    change(session, n=2)
+    assert runtime.flusher.flush_once(time.time(), everything=True).updated == 1
+    assert row(session.session_key) == {"n": 2, "_auth_user_id": "7"}
+
+
+def test_a_recovered_session_is_served_while_postgresql_is_away(
+    journaled: Callable[..., Runtime], directory: Path, outage: Outage, call: Call
+) -> None:
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    lose_power(directory)
+    SessionStore().exists("x" * 32)  # the store is open
+    outage.begin()
+    assert call(SessionStore(session.session_key), "load") == {"n": 1}
+    outage.end()
+    assert call(SessionStore(session.session_key), "load") == {"n": 1}

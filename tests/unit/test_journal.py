@@ -417,10 +417,14 @@ def test_a_sync_tells_what_a_power_loss_would_take(host: Host) -> None:
 
 
 def test_a_disk_without_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    real = os.pwrite
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        if len(data) == MIB:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(JournalError, match=r"cannot be made in .* Make room"):
         host.journal.prepare()
     put(host.store, key(1))  # the active log has its room

@@ -1,0 +1,186 @@
+"""What the journal costs a save, and how long a recovery takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from django.db import connection
+from django.test import override_settings
+
+from benchmarks.cycles import change_and_save, per_cycle
+from benchmarks.measure import Goal, Scale, Table, median, medians, ratio, seconds, take_turns
+from benchmarks.sessions import content, stored
+from deferred_sessions import lifecycle
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.memory.journal import Journal
+from deferred_sessions.policy import Policy
+from deferred_sessions.record import encode
+from deferred_sessions.runtime import get_runtime
+
+CYCLES, SESSIONS, PROCESSES = 2_000, 100, 8
+SAVER = """
+import json, sys, time
+import django; django.setup()
+from deferred_sessions.backend import SessionStore
+key, count = sys.argv[1], int(sys.argv[2])
+SessionStore(key)["count"]
+print("ready", flush=True)
+sys.stdin.readline()
+started = time.perf_counter()
+for _ in range(count):
+    session = SessionStore(key)
+    session["count"] = session["count"] + 1
+    session.save()
+print(time.perf_counter() - started, flush=True)
+"""
+
+
+def measure(scale: Scale) -> Iterator[Table | Goal]:
+    """Yield what is to be reached, and the figures behind it."""
+    yield from of_saves(scale)
+    yield from of_strict_saves(scale)
+    yield from of_recovery(scale)
+
+
+@contextmanager
+def host(place: Path, **settings: Any) -> Iterator[None]:
+    """Be a host with these settings; its journal is on the disk of the temporary directory."""
+    own = {"DIRECTORY": f"{os.environ['SESSION_DIRECTORY']}-journal-{place.name}", **settings}
+    with override_settings(DEFERRED_SESSIONS=own):
+        yield
+
+
+def of_saves(scale: Scale) -> Iterator[Table | Goal]:
+    """Yield what a save costs with a journal that is synced ten times a second."""
+    scale.progress("saves with and without a journal")
+    figures: dict[str, list[float]] = {"without": [], "with a journal": []}
+    with tempfile.TemporaryDirectory() as place:
+        for _ in range(scale.of(9, 3)):
+            for name, values in figures.items():
+                directory = Path(place, name.replace(" ", "-"))
+                own = {} if name == "without" else {"JOURNAL_DIRECTORY": str(directory)}
+                with host(directory, **own):
+                    keys = [stored(SessionStore, 300) for _ in range(SESSIONS)]
+                    agent = get_runtime().agent
+                    agent.start()
+                    work = partial(change_and_save, SessionStore, keys)
+                    per_cycle(work, CYCLES // 4)
+                    values.append(per_cycle(work, CYCLES))
+                    agent.stop()
+    rows = [(name, f"{value * 1e6:.1f}") for name, value in medians(figures).items()]
+    yield Table("load + change + save, 300 bytes, synced every 0.1 s", ("journal", "µs"), rows)
+    value, spread = ratio(figures, "with a journal", "without")
+    yield Goal("save with a journal, to one without", value, 1.3, spread=spread)
+
+
+def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
+    """Yield how many saves per second are on disk when they return."""
+    scale.progress("saves that wait for the disk")
+    count = scale.of(500, 100)
+    with (
+        tempfile.TemporaryDirectory() as place,
+        host(Path(place), JOURNAL_DIRECTORY=f"{place}/journal", SYNC_INTERVAL=0),
+    ):
+        figures = take_turns(
+            {
+                "1 process": lambda: savers(1, count),
+                f"{PROCESSES} processes": lambda: savers(PROCESSES, count),
+                "PostgreSQL, a commit each": lambda: commits(count),
+            },
+            scale.of(5, 2),
+        )
+    rates = {name: 1 / value for name, value in medians(figures).items()}
+    rows = [(name, f"{rate:,.0f}") for name, rate in rates.items()]
+    yield Table("updates that are on disk when they return", ("saved by", "per second"), rows)
+    value, spread = ratio(figures, "1 process", f"{PROCESSES} processes")
+    what = f"saves/s of {PROCESSES} processes that wait for the disk, to one"
+    yield Goal(what, value, 4, is_least=True, spread=spread)
+    value, spread = ratio(figures, "PostgreSQL, a commit each", f"{PROCESSES} processes")
+    yield Goal("the same, to single-row commits", value, 5, is_least=True, spread=spread)
+
+
+def savers(processes: int, count: int) -> float:
+    """Return the seconds per save of processes that save at the same time."""
+    own = get_runtime().settings
+    environment = {
+        **os.environ,
+        "SESSION_DIRECTORY": str(own.directory),
+        "DEFERRED_SESSIONS": json.dumps(
+            {"JOURNAL_DIRECTORY": str(own.journal_directory), "SYNC_INTERVAL": 0}
+        ),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVER, stored(SessionStore, 300), str(count)],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(processes)
+    ]
+    for worker in workers:
+        assert worker.stdout is not None
+        worker.stdout.readline()
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    taken = [float(worker.communicate()[0]) for worker in workers]  # without their ends
+    return max(taken) / (processes * count)
+
+
+def commits(count: int) -> float:
+    """Return the seconds per update of a row that is committed by itself."""
+    key, data = stored(SessionStore, 300), SessionStore().encode(content(300))
+    statement = "UPDATE deferred_sessions_session SET session_data = %s, version = %s, owner = 'x'"
+    with connection.cursor() as cursor:
+
+        def work() -> None:
+            for number in range(count):
+                cursor.execute(f"{statement} WHERE session_key = %s", [data, number + 2, key])
+
+        return seconds(work) / count
+
+
+def of_recovery(scale: Scale) -> Iterator[Table | Goal]:
+    """Yield how long it takes to rebuild memory from a full log."""
+    number = scale.of(1_000_000, 50_000)
+    scale.progress(f"recovering {number:,} records")
+    with tempfile.TemporaryDirectory() as place:
+        logs, store = Path(place, "journal"), Path(place, "store")
+        store.mkdir(mode=0o700)
+        payload = get_runtime().codec.encode(content(300)).payload
+        now, policy = time.time(), Policy(60.0)
+        with host(Path(place), JOURNAL_DIRECTORY=str(logs), STORE_SIZE=2 << 30):
+            runtime = get_runtime()
+            identity = runtime.store.journal.identity if runtime.store.journal else ""
+            journal = Journal(logs, store=store, size=1 << 30, sync_interval=0.1, identity=identity)
+            journal.restart(1, [], now)
+            for turn in range(number):
+                key = f"{turn * 2654435761 % 2**32:032x}"
+                record = lifecycle.created(
+                    key, payload, "42", expires_at=now + 9e5, now=now, policy=policy
+                )
+                journal.append(key.encode(), encode(record))
+            journal.close()
+            taken = seconds(runtime.store.open)
+            found = runtime.store.status().dirty
+        shutil.rmtree(store)
+    if found != number:
+        raise RuntimeError(f"{found:,} of {number:,} records were recovered.")
+    row = (f"{number:,}", f"{taken:.1f}", f"{number / taken:,.0f}")
+    yield Table("recovery of memory", ("records", "s", "records/s"), [row])
+    yield Goal(f"recovery of {number:,} records", median([taken]), 15, unit=" s")
