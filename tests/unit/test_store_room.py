@@ -10,7 +10,7 @@ import pytest
 from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import StoreFullError
 from deferred_sessions.memory.store import HostStore
-from tests.unit.records import LIFE, NOW, POLICY, bury, due_keys, key, put, save
+from tests.unit.records import NOW, POLICY, bury, due_keys, key, put, save
 
 
 def fill(store: HostStore, *, clean: bool, payload: bytes = b"x" * 900) -> int:
@@ -143,16 +143,6 @@ def test_an_unwritten_tombstone_is_not_swept(store: HostStore) -> None:
 
     assert store.sweep(NOW + 1e6) == 0
     assert due_keys(store, NOW + 60) == [key(1)]
-
-
-def test_expired_sessions_are_forgotten_unless_dirty(store: HostStore) -> None:
-    put(store, key(1), clean=True)
-    put(store, key(2), at=NOW + 100, clean=True)
-    put(store, key(3))
-
-    assert store.forget_expired(NOW + LIFE + 50) == 1
-
-    assert [store.get(key(n)) is not None for n in (1, 2, 3)] == [False, True, True]
 
 
 def test_scan_pages_through_all(store: HostStore, monkeypatch: pytest.MonkeyPatch) -> None:
