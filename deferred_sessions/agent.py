@@ -4,6 +4,9 @@ Started by the first request that a web process serves, or as `manage.py session
 Every process has a candidate; a file lock elects one, and when its process dies another
 takes over within a second. Each duty is a plain `..._once(now)`. Invariant: no error of a
 duty ends the agent or keeps it from the next duty.
+
+What takes long, such as to flush, has a thread of its own: the heart must go on beating, and
+other nodes wait for what they have asked for.
 """
 
 from __future__ import annotations
@@ -11,24 +14,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from django.db import connections
 
 from deferred_sessions.exceptions import DeferredSessionsError
 from deferred_sessions.flusher import Flusher
+from deferred_sessions.handover import Handover
+from deferred_sessions.membership import Membership
 from deferred_sessions.memory import forks
 from deferred_sessions.memory.locks import ProcessLock
+from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.policy import Policy
 from deferred_sessions.revocations import Revocations
-from deferred_sessions.servers.listener import Listener
+from deferred_sessions.servers.listener import GRANTED, REQUESTED, REVOKED, Listener
 from deferred_sessions.servers.server import SessionServer
 
 logger = logging.getLogger(__name__)
 
-BEAT: Final = 1.0  # seconds between rounds, and between attempts at being elected
+ROUND: Final = 1.0  # seconds between rounds, and between attempts at being elected
+SOON: Final = 0.003  # seconds until a session that is in use is looked at again
+ASK_AGAIN: Final = 0.25  # seconds until PostgreSQL is asked whether it is still waited for
 LISTEN_AGAIN: Final = 10.0  # seconds after the connection was lost, or refused
 LOG_INTERVAL: Final = 60.0  # seconds between messages about the same duty
 
@@ -43,13 +51,25 @@ class Agent:
         server: SessionServer,
         flusher: Flusher,
         revocations: Revocations,
+        membership: Membership,
+        handover: Handover,
+        pulse: Pulse,
         policy: Policy,
+        heartbeat: float,
+        listen: str,
     ) -> None:
         self._store = store
         self._server = server
         self._flusher = flusher
         self._revocations = revocations
+        self._membership = membership
+        self._handover = handover
+        self._pulse = pulse
         self._policy = policy
+        self._heartbeat = heartbeat
+        self._listen = listen
+        self._is_asked = False
+        self._asked_at = 0.0
         self._lock = ProcessLock(store.directory / "agent.lock")
         self._stop = threading.Event()
         self._starting = threading.Lock()
@@ -86,6 +106,18 @@ class Agent:
     def read_revocations_once(self, now: float) -> int:
         """Act on what others deleted or changed in PostgreSQL."""
         return self._revocations.read_once(now)
+
+    def beat_once(self, now: float) -> list[str]:
+        """Tell the others that this node lives, and find out who does not."""
+        return self._membership.beat_once(now)
+
+    def release_once(self, now: float) -> bool:
+        """Give up the sessions that other nodes wait for; return whether some are in use."""
+        ask = not 0 <= now - self._asked_at < ASK_AGAIN or not self._is_asked
+        if ask:
+            self._asked_at = now
+        self._is_asked = self._handover.release_once(now, ask=ask)
+        return self._is_asked
 
     def keep_journal_once(self, now: float) -> None:
         """Sync, swap and reset the logs of the journal, as far as it is time to."""
@@ -129,7 +161,7 @@ class Agent:
                 self._warn("candidate", time.time(), "The agent cannot start: %s", error)
             except Exception:  # noqa: BLE001 - the directory may be gone for a moment
                 self._warn("candidate", time.time(), "The agent cannot start.", exc_info=True)
-            self._stop.wait(BEAT)
+            self._stop.wait(ROUND)
 
     def before_fork(self) -> None:
         """Leave the thread to the parent."""
@@ -143,29 +175,58 @@ class Agent:
 
     def _serve(self) -> None:
         """Go round the duties until `stop` is called."""
-        with Listener(self._server.alias, retry_after=LISTEN_AGAIN) as listener:
-            pause = min(BEAT, self._flusher.journal.interval or BEAT)
-            next_round = 0.0
+        slow = threading.Thread(
+            target=self._serve_slowly, name="deferred_sessions_agent_slow", daemon=True
+        )
+        slow.start()
+        promptly = (self.beat_once, self.release_once, self.read_revocations_once)
+        owner, pause = self._server.owner, min(ROUND, self._flusher.journal.interval or ROUND)
+        with Listener(self._listen, node=owner, retry_after=LISTEN_AGAIN) as listener:
+            next_round, every = 0.0, min(ROUND, self._heartbeat)
             try:
                 while not self._stop.is_set():
                     now = time.time()
-                    if not next_round - BEAT <= now < next_round:
-                        self._round(now)
-                        next_round = now + BEAT
+                    if not next_round - every <= now < next_round:
+                        next_round = now + every
+                        self._pulse.granted()  # a word may have been lost
+                        self._round(now, promptly)
                     else:
                         self._do(self._flusher.journal.sync_once, now)
-                    if listener.wait(pause, self._stop):
-                        next_round = 0.0
+                    wait = min(pause, every, SOON if self._is_asked else ROUND)
+                    self._hear(listener.wait(wait, self._stop), time.time())
             finally:
                 connections.close_all()
+                slow.join()
 
-    def _round(self, now: float) -> None:
-        for duty in (
-            self.read_revocations_once,
-            self.flush_if_forgotten_once,
-            self.clear_dead_readers_once,
-            self.keep_journal_once,
-        ):
+    def _serve_slowly(self) -> None:
+        """Do what may take long, in a thread of its own."""
+        try:
+            while not self._stop.is_set():
+                self._round(
+                    time.time(),
+                    (
+                        self.flush_if_forgotten_once,
+                        self.clear_dead_readers_once,
+                        self.keep_journal_once,
+                    ),
+                )
+                self._stop.wait(ROUND)
+        finally:
+            connections.close_all()
+
+    def _hear(self, words: Collection[str], now: float) -> None:
+        """Do at once what somebody waits for."""
+        if GRANTED in words:
+            self._pulse.granted()
+        if REQUESTED in words:
+            self._is_asked, self._asked_at = True, 0.0
+        if self._is_asked:
+            self._do(self.release_once, now)
+        if REVOKED in words:
+            self._do(self.read_revocations_once, now)
+
+    def _round(self, now: float, duties: Iterable[Callable[[float], object]]) -> None:
+        for duty in duties:
             if not self._stop.is_set():
                 self._do(duty, now)
 

@@ -64,12 +64,12 @@ class Bypass:
             StoreFullError: A transaction of the application is open. What is written in it
                 others cannot see before it commits, nor can a lock keep them from the session
                 until then.
-            ServerUnavailableError, RowRefusedError: Nothing was saved.
+            ServerUnavailableError, RowRefusedError, SessionBusy: Nothing was saved.
         """
         if self._server.in_transaction():
             raise StoreFullError(NOT_NOW)
         for _ in range(ATTEMPTS):
-            row = self._server.read(saving.key)
+            row = self._intake.leased(saving.key)
             known = self._store.get(saving.key)
             if row is None or (known is not None and known.is_tombstone):
                 raise SessionDeletedError(DELETED)

@@ -10,8 +10,10 @@ by construction.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -20,6 +22,7 @@ from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.db import DEFAULT_DB_ALIAS, connections
+from django.utils.encoding import force_bytes
 from django.utils.module_loading import import_string
 
 from deferred_sessions.policy import Policy
@@ -34,6 +37,7 @@ MIN_JOURNAL_SIZE: Final = 1 << 20
 MAX_SYNC_INTERVAL: Final = 60
 MAX_BATCH_SIZE: Final = 10_000
 MAX_INTERVAL: Final = 86_400  # seconds
+IS_NAME: Final = re.compile(r"[0-9A-Za-z._:-]{1,63}").fullmatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,14 @@ class Settings:
     """Seconds of changes that a crash of the host may cost; 0 = each save waits for the disk."""
     cache_size: int = 10_000
     """Decoded sessions each process keeps."""
+    node: str | None = None
+    """The name of this host among those of the site; None = host name and directory."""
+    heartbeat_interval: float = 1.0
+    """Seconds between heartbeats of this node."""
+    node_timeout: float = 10.0
+    """Seconds without one after which other nodes take over its sessions."""
+    listen: str | None = None
+    """An alias of the same database past a pooler, to LISTEN on; None = that of SERVERS."""
     servers: tuple[str, ...] = (DEFAULT_DB_ALIAS,)
     """The database alias that holds the sessions; exactly one in this version."""
 
@@ -147,6 +159,19 @@ def relations() -> Iterator[Problem]:
             f"AUTOCOMMIT is off for the database {alias!r}, so nobody commits what is flushed.",
             "Leave it on, or give the sessions an alias of their own in SERVERS.",
         )
+    if settings.listen is not None and settings.listen not in django_settings.DATABASES:
+        yield Problem(
+            "E009",
+            f"{NAME}['LISTEN'] names {settings.listen!r}, which is not in DATABASES.",
+            f"Known: {', '.join(sorted(django_settings.DATABASES))}.",
+        )
+    if settings.node_timeout < 3 * settings.heartbeat_interval:
+        yield Problem(
+            "E010",
+            f"NODE_TIMEOUT ({settings.node_timeout:g} s) is less than three times "
+            f"HEARTBEAT_INTERVAL ({settings.heartbeat_interval:g} s).",
+            "A node that is merely slow would lose its sessions: raise NODE_TIMEOUT.",
+        )
     if settings.locking == "exclusive" and MIDDLEWARE not in django_settings.MIDDLEWARE:
         yield Problem(
             "E008",
@@ -190,6 +215,19 @@ def get_settings() -> Settings:
 def is_in_use() -> bool:
     """Tell whether this project's sessions are ours: installed, and named as the engine."""
     return bool(django_settings.SESSION_ENGINE == ENGINE)
+
+
+def traits() -> dict[str, tuple[str, ...]]:
+    """Return in what nodes have to agree to read each other's sessions.
+
+    Of each trait first what this node writes, then what else it can read.
+    """
+    keys = (django_settings.SECRET_KEY, *django_settings.SECRET_KEY_FALLBACKS)
+    digests = (blake2b(force_bytes(key), digest_size=6, person=b"ds-traits") for key in keys)
+    return {
+        "SESSION_SERIALIZER": (django_settings.SESSION_SERIALIZER,),
+        "SECRET_KEY": tuple(digest.hexdigest() for digest in digests),
+    }
 
 
 def saves_every_request() -> bool:
@@ -300,6 +338,22 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
     "SYNC_INTERVAL": (
         lambda value: _is_number(value) and 0 <= value <= MAX_SYNC_INTERVAL,
         f"a number of seconds, such as 0.1, from 0 to {MAX_SYNC_INTERVAL}",
+    ),
+    "NODE": (
+        lambda value: value is None or (isinstance(value, str) and bool(IS_NAME(value))),
+        "None or a name of 1 to 63 letters, digits, '.', '_', ':' and '-'",
+    ),
+    "HEARTBEAT_INTERVAL": (
+        lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
+        "a positive number of seconds, such as 1.0",
+    ),
+    "NODE_TIMEOUT": (
+        lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
+        "a positive number of seconds, such as 10.0",
+    ),
+    "LISTEN": (
+        lambda value: value is None or isinstance(value, str),
+        "None or a database alias, such as 'direct'",
     ),
     "CACHE_SIZE": (lambda value: _is_whole(value, 0), "a whole number of sessions, 0 or more"),
     "SERVERS": (

@@ -205,6 +205,7 @@ class FlushRun:
             repeated=report.repeated + len(outcome.repeated),
             vanished=report.vanished + len(outcome.vanished),
             superseded=report.superseded + len(outcome.superseded),
+            fenced=report.fenced + len(outcome.fenced) + len(outcome.moved),
             outdated=report.outdated + len(outcome.outdated),
         )
 

@@ -8,20 +8,28 @@ of a later one that has left memory meanwhile.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from functools import partial
 from typing import Final, NamedTuple
 
 from deferred_sessions import lifecycle
+from deferred_sessions.acquisition import Acquisition
 from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exceptions import (
     RecordCorruptError,
+    RowLockedError,
+    RowRefusedError,
     ServerUnavailableError,
     StoreFullError,
 )
+from deferred_sessions.membership import Membership
+from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
+from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.record import RECOVERED, SessionRecord
 from deferred_sessions.servers.rows import Row
 from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.writer import RecordWriter
 
 security_logger = logging.getLogger("django.security.SuspiciousSession")  # as Django does
 
@@ -39,54 +47,129 @@ class Found(NamedTuple):
 
 
 class Intake:
-    """Reads sessions from the session server and keeps them in memory."""
+    """Takes the leases of sessions, reads them from the session server, keeps them in memory."""
 
-    def __init__(self, store: HostStore, server: SessionServer, encoder: RowEncoder) -> None:
+    def __init__(
+        self,
+        *,
+        store: HostStore,
+        server: SessionServer,
+        encoder: RowEncoder,
+        acquisition: Acquisition,
+        membership: Membership,
+        pulse: Pulse,
+        writer: RecordWriter,
+    ) -> None:
         self._store = store
         self._server = server
         self._encoder = encoder
+        self._acquisition = acquisition
+        self._membership = membership
+        self._pulse = pulse
+        self._writer = writer
 
     def take_in(self, key: str, now: float) -> Found | None:
         """Return the session that PostgreSQL has under `key`, or None; memory keeps it.
 
-        Not kept is what has expired, what cannot be verified (another process may have
-        the right key), what an open transaction of the application may be alone to see,
-        and what finds no room.
+        This node has its lease then. Not kept is what has expired, what cannot be verified
+        (another process may have the right key), what an open transaction of the application
+        may be alone to see, and what finds no room.
 
         Raises:
             ServerUnavailableError: Nothing is known about the session.
+            SessionBusy: Another node does not let go of it.
         """
-        found = None
+        self._check_in(now)
+        found, is_done = None, False
         for _ in range(ATTEMPTS):
-            removals = self._store.removals()
-            row = self._read(key)
-            if isinstance(row, Found):
-                return row
-            if row is None:
-                return None
-            found = self.found(row, now)
-            if not (found.is_readable and row.is_settled and row.expires_at > now):
-                return found
-            try:
-                kept = self._store.keep(found.record, removals)
-            except StoreFullError:
-                return found
-            if kept is not None:
-                return Found(kept, is_kept=True)
+            found, is_done = self._take_once(key, now)
+            if is_done:
+                break
         return found
 
-    def _read(self, key: str) -> Row | Found | None:
-        """Return the row; or what the journal had, if that is the later one, or all there is."""
-        known = self._store.get(key)
-        if known is None or not known.flags & RECOVERED:
-            return self._server.read(key)
+    def _take_once(self, key: str, now: float) -> tuple[Found | None, bool]:
+        """Return what was found, and whether that will not change by trying again."""
+        removals, known = self._store.removals(key), self._store.get(key)
+        if known is not None and not self._is_doubtful(known):
+            return Found(known, is_kept=True), True
         try:
-            row = self._server.read(key)
+            row = self._row(key)
         except ServerUnavailableError:
-            return Found(known, is_kept=True)
-        confirm = partial(lifecycle.confirmed, row_version=0 if row is None else row.version)
-        after = self._store.update(key, lambda record: record and confirm(record))[1]
-        return row if after is None else Found(after, is_kept=True)
+            if known is None or not known.flags & RECOVERED:
+                raise
+            return Found(known, is_kept=True), True
+        if known is not None and self._confirm(known, row, now):
+            return Found(known, is_kept=False), False
+        return self._put(row, removals, now)
+
+    def _put(self, row: Row | None, removals: bytes, now: float) -> tuple[Found | None, bool]:
+        """Put the row into memory, if it belongs there."""
+        if row is None:
+            return None, True
+        found = self.found(row, now)
+        if not (found.is_readable and row.is_settled and row.expires_at > now):
+            return found, True
+        try:
+            kept = self._store.keep(found.record, removals)
+        except StoreFullError:
+            return found, True
+        if kept is None or self._is_doubtful(kept):
+            return found, False
+        return Found(kept, is_kept=True), True
+
+    def leased(self, key: str) -> Row | None:
+        """Return the row of `key`, whose lease this node has; None if there is none.
+
+        Raises:
+            ServerUnavailableError, SessionBusy: see `take_in`.
+        """
+        return self._acquisition.take(key)
+
+    def _row(self, key: str) -> Row | None:
+        """Return the row of `key`, with its lease.
+
+        A lease is never taken within a transaction of the application, which may roll back,
+        but beside it; what that transaction has done to the row is for itself alone.
+        """
+        if not self._server.in_transaction():
+            return self._acquisition.take(key)
+        row = self._server.read(key)
+        if row is None or not row.is_settled or row.owner == self._server.owner():
+            return row
+        try:
+            with self._server.apart():
+                leased = self._acquisition.take(key)
+        except RowLockedError:  # most likely by that transaction
+            return row._replace(is_settled=False)
+        return leased
+
+    def _check_in(self, now: float) -> None:
+        """Learn whether this node is still taken to be alive, if nobody has asked for long."""
+        with suppress(ServerUnavailableError, RowRefusedError):  # then as in any outage
+            self._membership.check_in(now)
+
+    def _is_doubtful(self, record: SessionRecord) -> bool:
+        return bool(record.flags & RECOVERED) or self._pulse.is_suspect(record.entered_at)
+
+    def _confirm(self, known: SessionRecord, row: Row | None, now: float) -> bool:
+        """Settle with its row what is doubtful; return whether memory has it for certain now."""
+        if row is None and known.stored_version and not known.flags & RECOVERED:
+            return False  # deleted; the flusher or the revocations will find out how
+        version, fence = (0, known.fence) if row is None else (row.version, row.fence)
+        confirm = partial(lifecycle.confirmed, row_version=version, fence=fence, now=now)
+        if confirm(known) is None and known.is_changed and not known.flags & RECOVERED:
+            self._writer.write([Dirty.of(known)], now)  # refused, stored, and forgotten
+            return False
+        after = self._store.update(
+            known.key,
+            lambda record: record and confirm(record) if self._is(known, record) else record,
+        )[1]
+        return after is not None
+
+    @staticmethod
+    def _is(known: SessionRecord, record: SessionRecord | None) -> bool:
+        """Tell whether `record` is still doubtful as `known` was."""
+        return record is not None and record.entered_at == known.entered_at
 
     def found(self, row: Row, now: float) -> Found:
         """Return what `row` holds as a clean record; an empty session if it is unreadable."""

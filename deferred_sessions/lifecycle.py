@@ -261,13 +261,23 @@ def recovered(record: SessionRecord, *, now: float) -> SessionRecord:
     )
 
 
-def confirmed(record: SessionRecord, *, row_version: int) -> SessionRecord | None:
-    """Return a recovered record once its row was read; None if the row is the later one."""
-    if not record.flags & RECOVERED:
-        return record
-    if row_version > record.version:
+def confirmed(
+    record: SessionRecord, *, row_version: int, fence: int, now: float
+) -> SessionRecord | None:
+    """Return `record` as one that this node has the lease of, given its row; None if it is void.
+
+    Void is what the journal had if the row is a later one; and what a node had that was
+    found dead, if another has had the lease since and has written under it.
+    """
+    if record.flags & RECOVERED:
+        is_valid = row_version <= record.version
+    else:
+        is_valid = fence <= record.fence or row_version == record.stored_version
+    if not is_valid:
         return None
-    return record._replace(flags=record.flags & ~RECOVERED)
+    return record._replace(
+        flags=record.flags & ~RECOVERED, fence=max(fence, record.fence), entered_at=now
+    )
 
 
 def unstored(record: SessionRecord, *, now: float) -> SessionRecord:

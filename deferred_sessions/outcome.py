@@ -14,6 +14,7 @@ from deferred_sessions import lifecycle
 from deferred_sessions.memory.tables import Dirty, Transition
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import SessionRecord
+from deferred_sessions.servers.rows import State
 
 
 @dataclass(slots=True)
@@ -31,6 +32,10 @@ class Outcome:
     """Deleted in PostgreSQL by somebody else; to be deleted here."""
     superseded: list[Dirty] = field(default_factory=list)
     """Newer in PostgreSQL, written by somebody else; to be forgotten here."""
+    fenced: list[tuple[Dirty, State]] = field(default_factory=list)
+    """The lease had passed to another node; stored for inspection, to be forgotten here."""
+    moved: list[Dirty] = field(default_factory=list)
+    """The same, but with nothing that PostgreSQL lacks."""
     outdated: list[Dirty] = field(default_factory=list)
     """Older in PostgreSQL than it had confirmed; to be written again in full."""
 
@@ -57,7 +62,7 @@ class Outcome:
             marks[dirty.key] = partial(_written, version, expires_at, now, policy)
         for dirty in (*self.deleted, *self.vanished):
             marks[dirty.key] = partial(_deleted, dirty.key, now, policy)
-        for dirty in self.superseded:
+        for dirty in (*self.superseded, *self.moved, *(dirty for dirty, _ in self.fenced)):
             marks[dirty.key] = partial(_superseded, dirty.head.version)
         for dirty in self.outdated:
             marks[dirty.key] = partial(_outdated, now)

@@ -31,6 +31,8 @@ class FlushReport:
     """Found deleted in PostgreSQL by somebody else."""
     superseded: int = 0
     """Found newer in PostgreSQL, written by somebody else."""
+    fenced: int = 0
+    """Refused, because the session has passed to another node; changes are kept for inspection."""
     outdated: int = 0
     """Found older in PostgreSQL than it had confirmed; written at the next run."""
     locked: int = 0

@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 from typing import Final
 
 from django.core.signals import setting_changed
 
+from deferred_sessions.acquisition import Acquisition
 from deferred_sessions.agent import Agent
 from deferred_sessions.busy import Busy
 from deferred_sessions.bypass import Bypass
@@ -26,20 +29,26 @@ from deferred_sessions.conf import (
     saves_every_request,
     session_serializer,
     store_identity,
+    traits,
 )
 from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.flusher import Flusher
+from deferred_sessions.handover import Handover
 from deferred_sessions.intake import Intake
+from deferred_sessions.membership import Membership
 from deferred_sessions.memory.cache import SessionCache
 from deferred_sessions.memory.claims import Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
 from deferred_sessions.memory.journal import Journal
+from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.overlap import Overlap
 from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
+from deferred_sessions.refusals import Refusals
 from deferred_sessions.request_end import RequestEnd
 from deferred_sessions.revocations import Revocations
+from deferred_sessions.servers.leases import Leases
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.statistics import StatisticsReader
 from deferred_sessions.tiers import Tiers
@@ -77,6 +86,10 @@ class Runtime:
     tiers: Tiers
     flusher: Flusher
     revocations: Revocations
+    leases: Leases
+    membership: Membership
+    handover: Handover
+    pulse: Pulse
     agent: Agent
     request_end: RequestEnd
     statistics: StatisticsReader
@@ -86,6 +99,7 @@ class Runtime:
         self.agent.stop()
         self.store.close()
         self.counters.close()
+        self.pulse.close()
 
 
 def get_runtime() -> Runtime:
@@ -131,11 +145,50 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     cache: SessionCache[Snapshot] = SessionCache(settings.cache_size)
     counters = Counters(directory)
     store.on_evicted = partial(counters.add, Counter.EVICTIONS)
-    server = SessionServer(settings.server, owner=partial(_owner, store))
+    name = settings.node or _default_name(directory)
+    server = SessionServer(settings.server, owner=partial(_owner, name, store))
+    leases = Leases(server)
+    pulse = Pulse(directory, patience=settings.node_timeout / 2)
     claims = Claims(directory)
     encoder = RowEncoder()
-    writer = RecordWriter(store, server, encoder, counters, policy)
-    intake = Intake(store, server, encoder)
+    refusals = Refusals(leases, encoder, codec, counters)
+    writer = RecordWriter(
+        store=store,
+        server=server,
+        encoder=encoder,
+        refusals=refusals,
+        counters=counters,
+        policy=policy,
+    )
+    membership = Membership(
+        leases=leases,
+        server=server,
+        pulse=pulse,
+        timeout=settings.node_timeout,
+        traits=traits(),
+        clock=moment,
+    )
+    handover = Handover(
+        store=store, leases=leases, claims=claims, writer=writer, counters=counters, pulse=pulse
+    )
+    claims.is_wanted = handover.is_wanted
+    acquisition = Acquisition(
+        store=store,
+        leases=leases,
+        pulse=pulse,
+        counters=counters,
+        timeout=settings.lock_timeout,
+        clock=moment,
+    )
+    intake = Intake(
+        store=store,
+        server=server,
+        encoder=encoder,
+        acquisition=acquisition,
+        membership=membership,
+        pulse=pulse,
+        writer=writer,
+    )
     revocations = Revocations(store=store, server=server, counters=counters, policy=policy)
     flusher = Flusher(
         store=store,
@@ -148,7 +201,16 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         journal_age=settings.journal_age,
     )
     agent = Agent(
-        store=store, server=server, flusher=flusher, revocations=revocations, policy=policy
+        store=store,
+        server=server,
+        flusher=flusher,
+        revocations=revocations,
+        membership=membership,
+        handover=handover,
+        pulse=pulse,
+        policy=policy,
+        heartbeat=settings.heartbeat_interval,
+        listen=settings.listen or settings.server,
     )
     return Runtime(
         settings=settings,
@@ -171,9 +233,14 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         counters=counters,
         flusher=flusher,
         revocations=revocations,
+        leases=leases,
+        membership=membership,
+        handover=handover,
+        pulse=pulse,
         agent=agent,
         tiers=Tiers(
             store=store,
+            pulse=pulse,
             cache=cache,
             codec=codec,
             server=server,
@@ -209,9 +276,15 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     )
 
 
-def _owner(store: HostStore) -> str:
-    """Return the name of this node and the incarnation of its store, in 64 characters."""
-    return f"{os.uname().nodename[:40]}#{store.incarnation()}"
+def _default_name(directory: Path) -> str:
+    """Return the name of the host, and of its store if there could be others."""
+    digest = blake2b(str(directory).encode(), digest_size=3).hexdigest()
+    return f"{os.uname().nodename[:40]}:{digest}"
+
+
+def _owner(name: str, store: HostStore) -> str:
+    """Return the name of this node and the incarnation of its store."""
+    return f"{name}#{store.incarnation()}"
 
 
 def _on_setting_changed(*, setting: str, **_: object) -> None:

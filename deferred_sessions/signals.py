@@ -1,6 +1,7 @@
 """Signals of this package; connect to them as to Django's own.
 
-Sent by `flusher`, `overlap` and `revocations`, never inside a transaction or under a lock.
+Sent by `flusher`, `overlap`, `revocations` and `refusals`, never inside a transaction or under a
+lock.
 """
 
 from __future__ import annotations
@@ -19,3 +20,8 @@ to date. Argument: `session_keys`, the list of the keys concerned."""
 session_conflict: Final = Signal()
 """Overlapping requests changed the same keys; the later save stood. Arguments:
 `session_key`, and `keys`, the list of those keys."""
+
+session_fenced: Final = Signal()
+"""A change was refused, because the session had passed to another node; it is kept in the table
+of refused writes. Arguments: `session_key`, `fence`, `version`, `keys` (those in which it differs
+from what PostgreSQL has), and `owner`, the node that has the session."""

@@ -25,6 +25,7 @@ from deferred_sessions.exceptions import SessionDeletedError, StoreFullError
 from deferred_sessions.intake import Intake
 from deferred_sessions.memory.cache import Entry, SessionCache
 from deferred_sessions.memory.counters import Counter, Counters
+from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
@@ -44,6 +45,7 @@ class Tiers:
         self,
         *,
         store: HostStore,
+        pulse: Pulse,
         cache: SessionCache[Snapshot],
         codec: Codec,
         server: SessionServer,
@@ -55,6 +57,7 @@ class Tiers:
         write_on_create: bool,
     ) -> None:
         self._store = store
+        self._pulse = pulse
         self._cache = cache
         self._codec = codec
         self._server = server
@@ -75,7 +78,11 @@ class Tiers:
         known = self._cache.get(key)
         version, entered_at = UNKNOWN if known is None else known[:2]
         found = self._store.look(key, version, entered_at)
-        if found is None or found.flags & RECOVERED:
+        if (
+            found is None
+            or found.flags & RECOVERED
+            or self._pulse.doubts(found.entered_at, moment())
+        ):
             return Memory.UNKNOWN
         if found.flags & TOMBSTONE or found.expires_at <= now:
             self._cache.drop(key)
@@ -187,7 +194,9 @@ class Tiers:
         record = self._store.get(key)
         if record is not None and (record.is_tombstone or record.expires_at <= now):
             raise SessionDeletedError(DELETED)
-        return None if record is None or record.flags & RECOVERED else record
+        if record is None or record.flags & RECOVERED:
+            return None
+        return None if self._pulse.doubts(record.entered_at, moment()) else record
 
     def newest(self, key: str, now: float) -> SessionRecord:
         """Return the session as memory has it, or else PostgreSQL.

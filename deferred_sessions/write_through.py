@@ -15,6 +15,7 @@ from deferred_sessions.exceptions import (
     RowLockedError,
     RowRefusedError,
     ServerUnavailableError,
+    SessionBusy,
     SessionDeletedError,
 )
 from deferred_sessions.memory.counters import Counter, Counters
@@ -28,6 +29,10 @@ from deferred_sessions.writer import RecordWriter
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL: Final = 60.0  # seconds between messages of the same outage
+PASSED_ON: Final = (
+    "The session has passed to another node, which may have changed it; what could not be written "
+    "is kept in the table of refused writes. Try again."
+)
 
 
 class WriteThrough:
@@ -56,27 +61,35 @@ class WriteThrough:
 
         Inside a transaction of the application it stays dirty as well, so that the
         flusher makes sure: nobody can tell whether the transaction will commit.
+
+        Raises:
+            SessionBusy: The session has passed to another node.
         """
         try:
             with self._server.attempt():
-                self._writer.write_through(record, now)
+                outcome = self._writer.write_through(record, now)
         except (ServerUnavailableError, RowRefusedError) as error:
             self._store.update(
                 record.key, lambda known: known and lifecycle.due_again(known, due_at=now)
             )
             self._log_postponed(error, now)
         else:
+            if outcome.fenced:
+                raise SessionBusy(PASSED_ON)
             self._counters.add(Counter.WRITES_THROUGH)
 
     def persist(self, record: SessionRecord, now: float) -> None:
         """Write `record` now, or say why not.
 
         Raises:
-            SessionDeletedError: It was deleted there, or changed by another node.
+            SessionDeletedError: It was deleted there, or changed by somebody else.
+            SessionBusy: It has passed to another node.
             ServerUnavailableError, RowRefusedError: Nothing was written.
         """
         with self._server.attempt():
             outcome = self._writer.write_through(record, now)
+        if outcome.fenced:
+            raise SessionBusy(PASSED_ON)
         if outcome.vanished or outcome.superseded:
             raise SessionDeletedError("The session was deleted or replaced in PostgreSQL.")
         self._counters.add(Counter.WRITES_THROUGH)

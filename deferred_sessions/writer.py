@@ -21,6 +21,7 @@ from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.outcome import Outcome
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import CHANGED, TOMBSTONE, SessionRecord, split_rests
+from deferred_sessions.refusals import Refusals
 from deferred_sessions.servers.rows import Columns, State
 from deferred_sessions.servers.server import SessionServer
 
@@ -34,15 +35,18 @@ class RecordWriter:
 
     def __init__(
         self,
+        *,
         store: HostStore,
         server: SessionServer,
         encoder: RowEncoder,
+        refusals: Refusals,
         counters: Counters,
         policy: Policy,
     ) -> None:
         self._store = store
         self._server = server
         self._encoder = encoder
+        self._refusals = refusals
         self._counters = counters
         self._policy = policy
 
@@ -133,10 +137,16 @@ class RecordWriter:
                 # Taken just now; or an earlier attempt got through; or another flusher
                 # of this node was faster, perhaps with a later version.
                 outcome.repeated.append((dirty, state.version, _stored_expiry(dirty, state)))
-            elif state.fence <= dirty.head.fence and state.version < dirty.head.version:
+            elif self._is_anothers(dirty, state):
+                if dirty.head.flags & CHANGED and not self._is_same(dirty, state):
+                    outcome.fenced.append((dirty, state))
+                else:
+                    outcome.moved.append(dirty)
+            elif state.version < dirty.head.version:
                 outcome.outdated.append(dirty)
             else:
                 outcome.superseded.append(dirty)
+        self._refusals.keep(outcome.fenced)
 
     def _look_for(self, gone: Sequence[Dirty], outcome: Outcome, now: float) -> None:
         """Tell what somebody deleted from what PostgreSQL forgot; insert the latter anew."""
@@ -163,9 +173,21 @@ class RecordWriter:
         if state.fence != dirty.head.fence:
             return False
         if state.version == dirty.head.version:
+            return self._is_same(dirty, state)
+        return state.owner == self._server.owner() and state.version > dirty.head.version
+
+    def _is_anothers(self, dirty: Dirty, state: State) -> bool:
+        """Tell whether the lease has passed to another node, or has had others meanwhile."""
+        if state.fence != dirty.head.fence:
+            return state.fence > dirty.head.fence
+        return bool(state.owner) and not state.owner.startswith(self._server.name())
+
+    def _is_same(self, dirty: Dirty, state: State) -> bool:
+        """Tell whether the row holds the very session."""
+        if state.version == dirty.head.version:
             with suppress(RecordCorruptError):
                 return self._encoder.to_payload(state.data) == dirty.record.payload
-        return state.owner == self._server.owner() and state.version > dirty.head.version
+        return False
 
     def _finish(self, outcome: Outcome, now: float) -> Outcome:
         self._counters.add(Counter.ROWS_WRITTEN, outcome.rows)
@@ -182,6 +204,7 @@ class RecordWriter:
             self._store.update_many(marks)
 
     def _tell(self, outcome: Outcome) -> None:
+        self._refusals.tell(outcome.fenced)
         for counter, records, what in (
             (Counter.VANISHED, outcome.vanished, "were deleted in PostgreSQL"),
             (Counter.SUPERSEDED, outcome.superseded, "are newer in PostgreSQL"),

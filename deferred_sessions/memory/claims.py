@@ -73,6 +73,9 @@ class Claims:
     """All claims of this process."""
 
     def __init__(self, directory: Path) -> None:
+        self.is_wanted: Callable[[str], bool] = lambda _: False
+        """Tells whether another node waits for a session: who holds nothing of it yet waits
+        until that node has got it."""
         self._path = directory / FILE
         self._mutex = threading.Lock()
         self._lines: dict[str, list[Claim]] = {}  # by session: held, then waiting, in order
@@ -91,13 +94,15 @@ class Claims:
             LockTimeoutError: Somebody else held on to it for `timeout` seconds.
             LockOrderError: `owner` has portions and now wants the whole session.
         """
+        deadline = time.monotonic() + timeout
+        for pause in self._until_unwanted(key, owner, deadline):
+            time.sleep(pause)
         turn = threading.Event()
         claim = self._line_up(key, names, owner, turn.set)
         if claim is None:
             return None
-        deadline = time.monotonic() + timeout
         try:
-            turn.wait(timeout)
+            turn.wait(max(0.0, deadline - time.monotonic()))
             for pause in self._until_locked(claim, deadline, timeout):
                 time.sleep(pause)
         except BaseException:
@@ -109,14 +114,16 @@ class Claims:
         self, key: str, names: frozenset[str], owner: Hashable, timeout: float
     ) -> Claim | None:
         """Do what `hold` does, without holding up the event loop."""
+        deadline = time.monotonic() + timeout
+        for pause in self._until_unwanted(key, owner, deadline):
+            await asyncio.sleep(pause)
         loop, turn = asyncio.get_running_loop(), asyncio.Event()
         claim = self._line_up(key, names, owner, partial(loop.call_soon_threadsafe, turn.set))
         if claim is None:
             return None
-        deadline = time.monotonic() + timeout
         try:
             with suppress(TimeoutError):
-                await asyncio.wait_for(turn.wait(), timeout)
+                await asyncio.wait_for(turn.wait(), deadline - time.monotonic())
             for pause in self._until_locked(claim, deadline, timeout):
                 await asyncio.sleep(pause)
         except BaseException:
@@ -178,6 +185,14 @@ class Claims:
             line.insert(_first_waiting(line) if mine else len(line), claim)
             _give_turns(line)
         return claim
+
+    def _until_unwanted(self, key: str, owner: Hashable, deadline: float) -> Iterator[float]:
+        """Yield the pauses to make until no other node waits for the session, or until then."""
+        while self.is_wanted(key) and time.monotonic() < deadline:
+            with self._mutex:
+                if any(claim.owner == owner for claim in self._lines.get(key, ())):
+                    return  # the other node waits for this very owner
+            yield PAUSES[0]
 
     def _until_locked(self, claim: Claim, deadline: float, timeout: float) -> Iterator[float]:
         """Yield the pauses to make until `claim`, which should have its turn, is complete."""

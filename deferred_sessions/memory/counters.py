@@ -75,6 +75,12 @@ class Counter(IntEnum):
     """Keys that overlapping requests both changed; the later save stood."""
     REVOKED = 20
     """Sessions in memory that somebody deleted or changed in PostgreSQL."""
+    FENCED = 21
+    """Changes refused, because the session had passed to another node; kept for inspection."""
+    HANDED_OVER = 22
+    """Sessions given up to other nodes."""
+    LEASE_WAITS = 23
+    """Sessions that a request had to wait for, because another node had them."""
 
 
 class Counters:

@@ -21,7 +21,7 @@ import lmdb
 
 from deferred_sessions.exceptions import StoreFullError, StoreUnavailableError
 from deferred_sessions.lifecycle import TOMBSTONE_LIFETIME
-from deferred_sessions.memory import tables
+from deferred_sessions.memory import handing, tables
 from deferred_sessions.memory.directory import PAGE, other_owners
 from deferred_sessions.memory.environment import Databases, Log, MappedFile
 from deferred_sessions.memory.journal import Journal
@@ -143,15 +143,15 @@ class HostStore:
         """Do `update` for a deletion, which may use the room kept back for removing."""
         return self._write(tables.update, key, transition, True)
 
-    def removals(self) -> int:
-        """Return how often records have been removed; ask before you ask PostgreSQL."""
-        return self._read(tables.removals)
+    def removals(self, key: str) -> bytes:
+        """Return what tells `keep` what was removed since; ask before you ask PostgreSQL."""
+        return self._read(tables.removals, key)
 
     def count_removal(self) -> None:
         """Have rows that were read before now not be kept any more."""
         self._write(tables.count_removal)
 
-    def keep(self, record: SessionRecord, removals: int) -> SessionRecord | None:
+    def keep(self, record: SessionRecord, removals: bytes) -> SessionRecord | None:
         """Put `record`, which PostgreSQL has, unless memory knows better.
 
         `removals` must have been read before the row was. The row may then have been
@@ -225,6 +225,28 @@ class HostStore:
         while page := self._read(tables.page, after, BATCH):
             yield from page
             after = page[-1].key
+
+    # On the way to other nodes
+
+    def hand_over(self, leases: Mapping[str, int], entered_before: float) -> list[str]:
+        """Give up sessions (fences by key) that others ask for; return the keys of those gone.
+
+        Stays what is dirty and what entered memory since `entered_before`: whoever has just
+        loaded it shall get to use it. What is gone cannot come back before `handed_over`.
+        """
+        return self._write(tables.hand_over, leases, entered_before)
+
+    def handed_over(self, keys: Sequence[str]) -> None:
+        """PostgreSQL has passed on the leases of these keys."""
+        self._write(handing.unmark, keys)
+
+    def handing_over(self) -> dict[str, int]:
+        """Return the leases that are being given up, perhaps by a process that has died."""
+        return self._read(handing.marked)
+
+    def is_handing_over(self, key: str) -> bool:
+        """Tell whether the lease of `key` is being given up in this moment."""
+        return self._read(handing.is_marked, key)
 
     # Room
 

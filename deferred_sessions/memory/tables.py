@@ -10,7 +10,7 @@ nobody who asked PostgreSQL before puts an older state in its place.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from operator import itemgetter
 from typing import Final, NamedTuple
@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 import lmdb
 
 from deferred_sessions.exceptions import RecordCorruptError, StoreFullError
+from deferred_sessions.memory import handing
 from deferred_sessions.memory.environment import Databases
 from deferred_sessions.record import (
     DIRTY,
@@ -126,13 +127,14 @@ def keep(
     txn: lmdb.Transaction,
     dbs: Databases,
     record: SessionRecord,
-    known_removals: int,
+    known_removals: bytes,
     may_grow: bool,
 ) -> SessionRecord | None:
     """Put `record`, which PostgreSQL has, unless there is one; return what is there now.
 
     Returns None, and puts nothing, if anything was removed since there had been
-    `known_removals`: it may have been a later state of the same session.
+    `known_removals`: it may have been a later state of the same session. So it does if the
+    session is being handed to another node.
 
     Raises:
         StoreFullError: There is no room.
@@ -140,19 +142,41 @@ def keep(
     data = txn.get(record.key.encode())
     if data is not None:
         return decode(record.key, data)
-    if removals(txn, dbs) != known_removals:
+    if removals(txn, dbs, record.key) != known_removals or handing.is_marked(txn, dbs, record.key):
         return None
     return update(txn, dbs, record.key, lambda _: record, may_grow)[1]
 
 
-def removals(txn: lmdb.Transaction, dbs: Databases) -> int:
-    """Return how many transactions have removed records."""
-    return int.from_bytes(txn.get(_REMOVALS, b"", dbs.notes), "little")
+def removals(txn: lmdb.Transaction, dbs: Databases, key: str) -> bytes:
+    """Return what changes with each transaction that may have removed the record of `key`."""
+    return bytes(txn.get(_REMOVALS, b"", dbs.notes)) + handing.counted(txn, dbs, key)
+
+
+def hand_over(
+    txn: lmdb.Transaction, dbs: Databases, leases: Mapping[str, int], entered_before: float
+) -> list[str]:
+    """Remove the records of `leases` (fences by key) that may go, and mark their keys.
+
+    Returns these keys. Others are dirty, or were loaded since `entered_before`.
+    """
+    gone: list[str] = []
+    for key, fence in sorted(leases.items()):
+        name = key.encode()
+        data = bytes(txn.get(name, b""))
+        if not handing.may_go(data, entered_before):
+            continue
+        if data:
+            _reindex(txn, dbs, decode(key, data), None)
+            txn.delete(name)
+        handing.mark(txn, dbs, key, fence)
+        gone.append(key)
+    return gone
 
 
 def count_removal(txn: lmdb.Transaction, dbs: Databases) -> None:
     """Count a transaction that removes records."""
-    count = (removals(txn, dbs) + 1) % 2**64
+    known = int.from_bytes(txn.get(_REMOVALS, b"", dbs.notes), "little")
+    count = (known + 1) % 2**64
     txn.put(_REMOVALS, count.to_bytes(8, "little"), db=dbs.notes)
 
 

@@ -51,7 +51,7 @@ class Migration(migrations.Migration):
                     "owner",
                     models.TextField(
                         editable=False,
-                        help_text="The node that wrote last.",
+                        help_text="The node that may change it.",
                         null=True,
                         verbose_name="owner",
                     ),

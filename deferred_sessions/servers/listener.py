@@ -1,4 +1,4 @@
-"""Waits for a word from PostgreSQL that something was revoked.
+"""Waits for a word from PostgreSQL: that something was revoked, or that a lease is asked for.
 
 Used by the agent, between its rounds. Invariant: an accelerator and nothing else; without
 a connection, or behind a pooler that does not pass notifications on, waiting just takes
@@ -7,9 +7,11 @@ its time.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final
 
@@ -19,13 +21,23 @@ from django.db import connections
 logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "deferred_sessions"
+REVOKED: Final = ""  # what is said to all
+REQUESTED: Final = "r"  # and to one node: somebody asks for a session that it has
+GRANTED: Final = "g"  # it was given a session that it waits for
+
+
+def channel_of(node: str) -> str:
+    """Return the channel on which `node` is spoken to, as the database computes it."""
+    digest = hashlib.md5(node.encode(), usedforsecurity=False).hexdigest()
+    return f"{CHANNEL}_{digest[:16]}"
 
 
 class Listener:
     """A connection of its own that listens; opened by the first wait."""
 
-    def __init__(self, alias: str, *, retry_after: float) -> None:
+    def __init__(self, alias: str, *, node: Callable[[], str], retry_after: float) -> None:
         self._alias = alias
+        self._node = node
         self._retry_after = retry_after
         self._connection: psycopg.Connection[Any] | None = None
         self._try_at = 0.0
@@ -41,19 +53,19 @@ class Listener:
     ) -> None:
         self._close()
 
-    def wait(self, seconds: float, stop: threading.Event) -> bool:
-        """Wait until told, or for `seconds`; return whether it was told."""
+    def wait(self, seconds: float, stop: threading.Event) -> set[str]:
+        """Wait until told, or for `seconds`; return what it was told."""
         connection = self._connection or self._open()
         if connection is None:
             stop.wait(seconds)
-            return False
+            return set()
         try:
-            return any(True for _ in connection.notifies(timeout=seconds, stop_after=1))
+            return {word.payload for word in connection.notifies(timeout=seconds, stop_after=1)}
         except psycopg.Error as error:
             logger.info("Listening was interrupted: %s", error, extra={"action": "not_listening"})
             self._close()
             stop.wait(seconds)
-            return False
+            return set()
 
     def _open(self) -> psycopg.Connection[Any] | None:
         """Connect as Django does, and listen; None if it is too early to try again."""
@@ -67,6 +79,7 @@ class Listener:
         try:
             self._connection = psycopg.connect(**parameters, autocommit=True)
             self._connection.execute(f"LISTEN {CHANNEL}")
+            self._connection.execute(f"LISTEN {channel_of(self._node())}".encode())
         except psycopg.Error:
             self._close()
         return self._connection

@@ -6,6 +6,7 @@ are secrets.
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import NamedTuple
 
 
@@ -21,6 +22,8 @@ class Row(NamedTuple):
     user_id: str
     created_at: float
     written_at: float
+    owner: str
+    """The node that has the lease; "" if nobody has."""
     is_settled: bool
     """Any other transaction that begins now would read the same."""
 
@@ -54,6 +57,53 @@ class State(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<State of version {self.version}>"
+
+
+class Refusal(NamedTuple):
+    """A write that came too late: the session had passed to another node."""
+
+    key: str
+    fence: int
+    version: int
+    changed_keys: str
+    """JSON, a list."""
+    data: str
+    owner: str
+    owner_fence: int
+
+    def __repr__(self) -> str:
+        return f"<Refusal of version {self.version}>"
+
+
+class Answer(Enum):
+    """What PostgreSQL says to who asks for a lease."""
+
+    GRANTED = "granted"
+    QUEUED = "queued"
+    """Another node has it, and was told."""
+    FULL = "full"
+    """Too many nodes wait for it already."""
+    AGAIN = "again"
+    """It changed hands in this very moment: ask again at once."""
+    GONE = "gone"
+    """There is no such session."""
+
+
+class Grant(NamedTuple):
+    """An answer, with the row if it was granted, and with its owner if it was not."""
+
+    answer: Answer
+    row: Row | None = None
+    owner: str = ""
+
+
+class Beat(NamedTuple):
+    """What is known of a node that is taken to be alive, or of this one."""
+
+    node: str
+    beat: int
+    is_dead: bool
+    traits: dict[str, str]
 
 
 class Revocation(NamedTuple):

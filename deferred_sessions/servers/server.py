@@ -40,6 +40,10 @@ class SessionServer:
         self.breaker = Breaker()
         """Refuses to connect for a request just after connecting has failed."""
 
+    def name(self) -> str:
+        """Return how the owner begins in each row that any incarnation of this node wrote."""
+        return self.owner().partition("#")[0] + "#"
+
     def in_transaction(self) -> bool:
         """Tell whether what is written now waits for somebody else's commit.
 
@@ -65,14 +69,25 @@ class SessionServer:
         if not self.in_transaction():
             yield
             return
-        self._run(sql.SAVEPOINT, [])
+        self.run(sql.SAVEPOINT, [])
         try:
             yield
         except BaseException:
             with suppress(ServerUnavailableError):
-                self._run(sql.ROLLBACK_TO_SAVEPOINT, [])
+                self.run(sql.ROLLBACK_TO_SAVEPOINT, [])
             raise
-        self._run(sql.RELEASE_SAVEPOINT, [])
+        self.run(sql.RELEASE_SAVEPOINT, [])
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Use another connection in the block, outside of the application's transaction."""
+        ours = connections[self.alias]
+        connections[self.alias] = apart = ours.copy()
+        try:
+            yield
+        finally:
+            connections[self.alias] = ours
+            apart.close()
 
     def disconnect(self) -> None:
         """Close this thread's connection, on which a statement may be under way."""
@@ -100,13 +115,16 @@ class SessionServer:
         Raises:
             ServerUnavailableError: Nothing is known about the session.
         """
-        rows = self._run(sql.READ, [key])
+        rows = self.run(sql.READ, [key])
         if not rows:
             return None
-        data, expires_at, version, fence, user_id, created_at, written_at, is_latest = rows[0]
+        *columns, is_latest = rows[0]
+        data, expires_at, version, fence, user_id, created_at, written_at, owner = columns
         is_settled = is_latest or not self.in_transaction()
         return Row(
-            key, data, expires_at, version, fence, user_id or "", created_at, written_at, is_settled
+            *(key, data, expires_at, version, fence, user_id or "", created_at, written_at),
+            owner=owner,
+            is_settled=is_settled,
         )
 
     def exists(self, key: str, now: float) -> bool:
@@ -115,7 +133,7 @@ class SessionServer:
         Raises:
             ServerUnavailableError: Nothing is known about the session.
         """
-        return bool(self._run(sql.EXISTS, [key, now]))
+        return bool(self.run(sql.EXISTS, [key, now]))
 
     # Many sessions at once; each returns how many rows it wrote. If that is fewer than
     # were given, `states` tells which and why.
@@ -132,12 +150,15 @@ class SessionServer:
         """Write new expiries; leaves alone what was deleted, changed or fenced."""
         return self._write(
             sql.TOUCH,
-            [self.owner(), now, columns.key, columns.expires_at, columns.version, columns.fence],
+            [
+                *(self.owner(), now, columns.key, columns.expires_at, columns.version),
+                *(columns.fence, self.name()),
+            ],
         )
 
     def update_parameters(self, columns: Columns, now: float) -> list[Any]:
         """Return the parameters with which `update_stream` does what `update` does."""
-        return [self.owner(), now, *columns[:6]]
+        return [self.owner(), now, *columns[:6], self.name()]
 
     def update_stream(self) -> StatementStream | None:
         """Return a stream of updates that commit one by one; None in an atomic block.
@@ -162,16 +183,16 @@ class SessionServer:
 
     def states(self, keys: Iterable[str]) -> dict[str, State]:
         """Return what stands in the rows of `keys`; leaves out those without a row."""
-        rows = self._run(sql.STATES, [sorted(keys)])
+        rows = self.run(sql.STATES, [sorted(keys)])
         return {key: State(*state) for key, *state in rows}
 
     def versions(self, keys: Iterable[str]) -> dict[str, int]:
         """Return the version in each row of `keys`; leaves out those without a row."""
-        return dict(self._run(sql.VERSIONS, [sorted(keys)]))
+        return dict(self.run(sql.VERSIONS, [sorted(keys)]))
 
     def unlocked(self, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` whose row exists and is held by no transaction."""
-        return {key for (key,) in self._run(sql.UNLOCKED, [sorted(keys)])}
+        return {key for (key,) in self.run(sql.UNLOCKED, [sorted(keys)])}
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -187,7 +208,7 @@ class SessionServer:
         self._connect(connection, insist=True)
         with translated(), transaction.atomic(using=self.alias):
             if outermost:
-                self._run(sql.LOCK_TIMEOUT, [LOCK_TIMEOUT])
+                self.run(sql.LOCK_TIMEOUT, [LOCK_TIMEOUT])
             yield
 
     # Housekeeping
@@ -217,13 +238,13 @@ class SessionServer:
             ServerUnavailableError: Nothing was read.
         """
         self._connect(self._connection(), insist=True)
-        rows = self._run(sql.REVOCATIONS, [since])
+        rows = self.run(sql.REVOCATIONS, [since])
         revoked = [Revocation(*row[:5]) for row in rows if row[0] is not None]
         return Revocations(revoked, *rows[0][5:])
 
     def revoked(self, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` that somebody deleted or changed in the last day."""
-        return {key for (key,) in self._run(sql.REVOKED, [sorted(keys)])}
+        return {key for (key,) in self.run(sql.REVOKED, [sorted(keys)])}
 
     def prune_revocations(self, before: float) -> None:
         """Remove revocations that were made before this time."""
@@ -237,7 +258,7 @@ class SessionServer:
         One session goes through Django's cursor, where query logs see it; many through
         psycopg's own, which sends arrays in binary.
         """
-        if len(parameters[-1]) == 1:
+        if len(parameters[2]) == 1:  # the keys
             return self._execute(statement, parameters)[1]
         connection = self._connection()
         self._connect(connection)
@@ -277,7 +298,12 @@ class SessionServer:
             raise
         self.breaker.succeeded()
 
-    def _run(self, statement: LiteralString, parameters: list[Any]) -> list[tuple[Any, ...]]:
+    def run(self, statement: LiteralString, parameters: list[Any]) -> list[tuple[Any, ...]]:
+        """Return the rows of `statement`, one of `sql`.
+
+        Raises:
+            ServerUnavailableError, RowLockedError, RowRefusedError: It was in vain.
+        """
         return self._execute(statement, parameters)[0]
 
     def _execute(

@@ -17,7 +17,7 @@ from typing import Final, LiteralString
 READ: Final[LiteralString] = """
     SELECT session_data, extract(epoch FROM expire_date)::float8, version, fence,
            user_id, extract(epoch FROM created_at)::float8,
-           extract(epoch FROM written_at)::float8,
+           extract(epoch FROM written_at)::float8, coalesce(owner, ''),
            (pg_current_xact_id_if_assigned() IS NULL
             OR age(xmin) > age(pg_current_xact_id_if_assigned()::xid))
            AND current_setting('transaction_isolation') = 'read committed'
@@ -56,9 +56,13 @@ UPDATE: Final[LiteralString] = """
            AS new (key, data, expires_at, version, fence, user_id)
      WHERE stored.session_key = new.key
        AND stored.version < new.version
-       AND stored.fence <= new.fence
+       AND (stored.fence < new.fence
+            OR (stored.fence = new.fence
+                AND (stored.owner IS NULL OR starts_with(stored.owner, %b))))
 """
-"""Write changed sessions. Not counted: deleted, newer, or fenced; ask STATES."""
+"""Write changed sessions. Not counted: deleted, newer, or fenced; ask STATES. A fence is given
+to one node; a failover that forgets some grants may make PostgreSQL give it again: then to
+have the name of the row's owner decides."""
 
 UPDATE_ALONE: Final[LiteralString] = (
     UPDATE + "       AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL"
@@ -73,7 +77,9 @@ TOUCH: Final[LiteralString] = """
            AS new (key, expires_at, version, fence)
      WHERE stored.session_key = new.key
        AND stored.version = new.version
-       AND stored.fence <= new.fence
+       AND (stored.fence < new.fence
+            OR (stored.fence = new.fence
+                AND (stored.owner IS NULL OR starts_with(stored.owner, %b))))
 """
 """Write a later expiry of sessions whose data PostgreSQL has already."""
 
@@ -146,6 +152,74 @@ PRUNE_REVOCATIONS: Final[LiteralString] = """
      WHERE made_at < to_timestamp(%b::float8)
 """
 """Remove what every node has had time to read."""
+
+ACQUIRE: Final[LiteralString] = """
+    SELECT status, (found).owner,
+           CASE status WHEN 'granted' THEN (found).session_data END,
+           extract(epoch FROM (found).expire_date)::float8, (found).version, (found).fence,
+           (found).user_id, extract(epoch FROM (found).created_at)::float8,
+           extract(epoch FROM (found).written_at)::float8
+      FROM deferred_sessions_acquire(%b, %b, %b, %b) AS acquired (status, found)
+"""
+"""Ask for the lease of a session: the row if this node has it now, else a place in the queue.
+Nothing if there is no such session."""
+
+WITHDRAW: Final[LiteralString] = """
+    DELETE FROM deferred_sessions_waiter
+     WHERE session_key = %b AND node = %b AND granted_at IS NULL
+"""
+"""Leave the queue."""
+
+REQUESTED: Final[LiteralString] = """
+    SELECT session_key, fence
+      FROM deferred_sessions_session AS stored
+     WHERE owner = %b
+       AND session_key = ANY (ARRAY(
+           SELECT session_key
+             FROM deferred_sessions_waiter AS waiter
+            WHERE waiter.node <> stored.owner
+              AND waiter.granted_at IS NULL
+              AND waiter.seen_at > clock_timestamp() - interval '3 s'))
+       AND NOT EXISTS (
+           SELECT 1
+             FROM deferred_sessions_waiter AS granted
+            WHERE granted.session_key = stored.session_key
+              AND granted.node = stored.owner
+              AND granted.granted_at > clock_timestamp() - interval '2 s')
+"""
+"""The leases of this node that others wait for, but for those that were given to it a moment
+ago and which it has not fetched yet."""
+
+RELEASE: Final[LiteralString] = "SELECT deferred_sessions_release(%b, %b::text[], %b::int8[])"
+"""Give leases to those who wait for them, or to nobody."""
+
+HELD: Final[LiteralString] = """
+    SELECT session_key, fence
+      FROM deferred_sessions_session
+     WHERE owner = %b AND session_key > %b
+     ORDER BY session_key
+     LIMIT %b
+"""
+"""The leases of a node, in order of keys; reads the whole table."""
+
+BEAT: Final[LiteralString] = """
+    SELECT node, beat, died_at IS NOT NULL, traits::text
+      FROM deferred_sessions_beat(%b, %b::jsonb, %b)
+"""
+"""Say that this node lives; who else does, and whether somebody found it dead."""
+
+DECLARE_DEAD: Final[LiteralString] = "SELECT deferred_sessions_declare_dead(%b, %b::int8)"
+"""A node has not been heard of for too long; its leases are free, unless it beats just now."""
+
+REFUSE: Final[LiteralString] = """
+    INSERT INTO deferred_sessions_refused_write
+           (session_key, node, fence, version, changed_keys, session_data, owner, owner_fence)
+    SELECT key, %b, fence, version, changed_keys::jsonb, data, owner, owner_fence
+      FROM unnest(%b::text[], %b::int8[], %b::int8[], %b::text[], %b::text[], %b::text[],
+                  %b::int8[])
+           AS refused (key, fence, version, changed_keys, data, owner, owner_fence)
+"""
+"""Keep for inspection what was refused because the session had passed to another node."""
 
 LOCK_TIMEOUT: Final[LiteralString] = "SELECT set_config('lock_timeout', %b, true)"
 """Give up on rows an application transaction holds, for this transaction only."""

@@ -91,7 +91,8 @@ def test_a_duty_that_fails_ends_nothing(
     monkeypatch.setattr(runtime.agent, "clear_dead_readers_once", done.append)
     with caplog.at_level(logging.WARNING):
         for second in range(3):
-            runtime.agent._round(100.0 + second)
+            duties = (runtime.agent.read_revocations_once, runtime.agent.clear_dead_readers_once)
+            runtime.agent._round(100.0 + second, duties)
 
     assert done == [100.0, 101.0, 102.0]
     assert caplog.text.count("failed") == 1
@@ -99,7 +100,7 @@ def test_a_duty_that_fails_ends_nothing(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_module, "BEAT", 0.02)
+    monkeypatch.setattr(agent_module, "ROUND", 0.02)
 
 
 def test_it_hears_of_a_deletion_at_once(runtime: Runtime) -> None:

@@ -295,15 +295,15 @@ def during_the_miss(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, work: Callable[[str], object]
 ) -> None:
     """Have `work` done by somebody else after the next row was read, before it is used."""
-    read = runtime.tiers._server.read
+    acquire = runtime.leases.acquire
 
-    def slow(key: str) -> Any:
-        found = read(key)
+    def slow(key: str, **options: bool) -> Any:
+        found = acquire(key, **options)
         monkeypatch.undo()
         work(key)
         return found
 
-    monkeypatch.setattr(runtime.tiers._server, "read", slow)
+    monkeypatch.setattr(runtime.leases, "acquire", slow)
 
 
 def test_a_slow_miss_does_not_undo_a_save(

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from django.db import connection, transaction
 from django.db.models.functions import Now
+from django.utils import timezone
 from freezegun import freeze_time
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.memory.counters import Counter
 from deferred_sessions.memory.locks import ProcessLock
-from deferred_sessions.models import Session
+from deferred_sessions.models import Node, Session
 from deferred_sessions.record import TOUCHED
 from deferred_sessions.runtime import Runtime
 from tests.integration.conftest import (
@@ -155,7 +156,7 @@ def test_a_newer_row_wins(runtime: Runtime, caplog: pytest.LogCaptureFixture) ->
     """Somebody else wrote a newer version: ours is void, and the next load reads theirs."""
     session = dirty(1)[0]
     theirs = SessionStore().encode({"n": "theirs"})
-    Session.objects.update(session_data=theirs, version=99, owner="elsewhere")
+    Session.objects.update(session_data=theirs, version=99, owner=None)
 
     with caplog.at_level(logging.WARNING):
         report = runtime.flusher.flush_once(time.time() + 61)
@@ -172,8 +173,9 @@ def test_the_same_version_of_somebody_else_is_not_taken_for_ours(runtime: Runtim
     session = dirty(1)[0]
     theirs = SessionStore().encode({"n": "theirs"})
     Session.objects.update(session_data=theirs, version=2, owner="elsewhere")
+    Node.objects.create(node="elsewhere", died_at=timezone.now())
 
-    assert runtime.flusher.flush_once(time.time() + 61).superseded == 1
+    assert runtime.flusher.flush_once(time.time() + 61).fenced == 1
     assert SessionStore(session.session_key).load() == {"n": "theirs"}
 
 

@@ -15,7 +15,7 @@ from deferred_sessions.lifecycle import REMEMBERED
 from deferred_sessions.memory.counters import Counter
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
-from deferred_sessions.servers.rows import Row
+from deferred_sessions.servers.rows import Grant
 from deferred_sessions.signals import session_revoked
 from tests.integration.conftest import change, created, record, row, second_connection
 
@@ -211,16 +211,16 @@ def test_a_load_under_way_does_not_keep_a_deleted_row(
     """It has read the row; then the row is deleted, and the node hears of it."""
     session = created(a=1)
     runtime.store.clear()
-    real = runtime.server.read
+    real = runtime.leases.acquire
 
-    def read(key: str) -> Row | None:
-        found = real(key)
-        if found is not None:
+    def acquire(key: str, **options: bool) -> Grant:
+        found = real(key, **options)
+        if found.row is not None:
             Session.objects.all().delete()
             runtime.revocations.read_once(time.time())
         return found
 
-    monkeypatch.setattr(runtime.server, "read", read)
+    monkeypatch.setattr(runtime.leases, "acquire", acquire)
     SessionStore(session.session_key).load()
     monkeypatch.undo()
 

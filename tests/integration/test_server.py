@@ -28,7 +28,7 @@ KEYS = ["aaaaaaaa", "bbbbbbbb", "cccccccc"]
 
 @pytest.fixture
 def server() -> SessionServer:
-    return SessionServer("default", owner=lambda: "node")
+    return SessionServer("default", owner=lambda: "node#1")
 
 
 def columns(
@@ -46,8 +46,8 @@ def test_insert_and_read(server: SessionServer, count: int) -> None:
 
     row = server.read("aaaaaaaa")
     assert row is not None
-    assert row == ("aaaaaaaa", "data", NOW + 100, 1, 0, "7", NOW, NOW, True)
-    assert Session.objects.get(pk="aaaaaaaa").owner == "node"
+    assert row == ("aaaaaaaa", "data", NOW + 100, 1, 0, "7", NOW, NOW, "node#1", True)
+    assert Session.objects.get(pk="aaaaaaaa").owner == "node#1"
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -125,7 +125,7 @@ def test_states(server: SessionServer) -> None:
     Session.objects.create(session_key="bbbbbbbb", session_data="", expire_date="2030-01-01T00:00Z")
 
     assert server.states(["aaaaaaaa", "bbbbbbbb", "nosuchkey"]) == {
-        "aaaaaaaa": State(3, 2, "node", NOW + 100, "data"),
+        "aaaaaaaa": State(3, 2, "node#1", NOW + 100, "data"),
         "bbbbbbbb": State(1, 0, "", 1893456000.0, ""),
     }
 

@@ -20,15 +20,15 @@ Call = Callable[..., Any]
 
 def after_the_read(runtime: Runtime, patch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
     """Have `work` done by others after the next row was read, before it is used."""
-    read = runtime.tiers._server.read
+    acquire = runtime.leases.acquire
 
-    def slow(key: str) -> Any:
-        found = read(key)
+    def slow(key: str, **options: bool) -> Any:
+        found = acquire(key, **options)
         patch.undo()
         work()
         return found
 
-    patch.setattr(runtime.tiers._server, "read", slow)
+    patch.setattr(runtime.leases, "acquire", slow)
 
 
 def test_saved_flushed_and_evicted_while_the_row_was_on_its_way(
@@ -58,14 +58,14 @@ def test_removals_all_the_time_only_mean_that_nothing_is_kept(
     """A store under pressure: the session is served and saved all the same."""
     session = created(a=1)
     forget(runtime)
-    read = runtime.tiers._server.read
+    acquire = runtime.leases.acquire
 
-    def pressed(key: str) -> Any:
-        found = read(key)
+    def pressed(key: str, **options: bool) -> Any:
+        found = acquire(key, **options)
         runtime.store.count_removal()
         return found
 
-    monkeypatch.setattr(runtime.tiers._server, "read", pressed)
+    monkeypatch.setattr(runtime.leases, "acquire", pressed)
     again = SessionStore(session.session_key)
     assert call(again, "get", "a") == 1
     assert runtime.store.get(session.session_key or "") is None

@@ -96,6 +96,7 @@ def _sentence(report: FlushReport) -> str:
             ("deleted", report.deleted),
             ("vanished", report.vanished),
             ("superseded", report.superseded),
+            ("fenced", report.fenced),
             ("locked", report.locked),
             ("set aside", report.set_aside),
         )

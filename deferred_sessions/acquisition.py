@@ -1,0 +1,103 @@
+"""Getting the lease of a session, and waiting for it if another node has it.
+
+Called by `intake`. Invariant: who waits stands in PostgreSQL's queue, first come, first
+served, and leaves it when it gives up; it looks there seldom, because the agent of this
+node hears when a lease is granted and has everybody look again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from deferred_sessions.exceptions import (
+    DeferredSessionsError,
+    RowLockedError,
+    SessionBusy,
+)
+from deferred_sessions.memory.counters import Counter, Counters
+from deferred_sessions.memory.pulse import Pulse
+from deferred_sessions.memory.store import HostStore
+from deferred_sessions.servers.leases import Leases
+from deferred_sessions.servers.rows import Answer, Grant, Row
+
+PAUSES: Final = (0.0005,) * 40 + (0.002,) * 40 + (0.005,)  # seconds between looks at memory
+LOOK_AGAIN: Final = 0.5  # seconds between looks at PostgreSQL, in case a word got lost
+
+
+class Acquisition:
+    """Waits for leases, for the requests of this process."""
+
+    def __init__(
+        self,
+        *,
+        store: HostStore,
+        leases: Leases,
+        pulse: Pulse,
+        counters: Counters,
+        timeout: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._leases = leases
+        self._pulse = pulse
+        self._counters = counters
+        self._timeout = timeout
+        self._clock = clock
+
+    def take(self, key: str) -> Row | None:
+        """Return the row of `key`, whose lease this node has now; None if there is none.
+
+        Raises:
+            SessionBusy: Another node held on to it for `LOCK_TIMEOUT`; says which.
+            ServerUnavailableError: Nothing is known about the session.
+        """
+        deadline, waits = self._clock() + self._timeout, False
+        try:
+            while True:
+                self._let_go(key, deadline)
+                grants = self._pulse.grants
+                grant = self._ask(key, waits=waits, deadline=deadline)
+                if grant.answer in (Answer.GRANTED, Answer.GONE):
+                    waits = False
+                    return grant.row
+                if grant.answer is Answer.FULL:
+                    raise SessionBusy("Too many nodes wait for this session already.")
+                if grant.answer is Answer.QUEUED:
+                    if not waits:
+                        self._counters.add(Counter.LEASE_WAITS)
+                    waits = True
+                    self._wait(grants, deadline, grant.owner)
+        finally:
+            if waits:
+                with suppress(DeferredSessionsError):  # else it is passed over before long
+                    self._leases.withdraw(key)
+
+    def _ask(self, key: str, *, waits: bool, deadline: float) -> Grant:
+        while True:
+            try:
+                return self._leases.acquire(key, waits=waits)
+            except RowLockedError:
+                if self._clock() >= deadline:
+                    raise
+
+    def _let_go(self, key: str, deadline: float) -> None:
+        """Wait while this node is just giving up the lease."""
+        while self._store.is_handing_over(key):
+            if self._clock() >= deadline:
+                raise SessionBusy("This session is being handed to another node.")
+            time.sleep(PAUSES[0])
+
+    def _wait(self, grants: float, deadline: float, owner: str) -> None:
+        """Return when it is time to ask again."""
+        now = self._clock()
+        if now >= deadline:
+            raise SessionBusy(
+                f"Node {owner.partition('#')[0]} has held on to the session for "
+                f"{self._timeout:g} s."
+            )
+        until, pauses = min(deadline, now + LOOK_AGAIN), iter(PAUSES)
+        while self._pulse.grants == grants and self._clock() < until:
+            time.sleep(next(pauses, PAUSES[-1]))

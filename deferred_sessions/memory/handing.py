@@ -1,0 +1,75 @@
+"""Sessions on their way out of a host's memory, to be handed to another node.
+
+Called by `store`, inside its transactions. Invariant: from the moment a session has left
+memory until PostgreSQL has passed its lease on, a mark stands for it, which outlives the
+death of any process; nobody puts the session back meanwhile, nor what was read before.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from itertools import takewhile
+from typing import Final
+from zlib import crc32
+
+import lmdb
+
+from deferred_sessions.memory.environment import Databases
+from deferred_sessions.record import DIRTY, decode_head
+
+_MARK: Final = b"handing:"  # note: the fence of the lease that is being given up
+_COUNT: Final = b"handed:"  # note: sessions handed over, for one of 256 groups of keys
+_FENCE: Final = struct.Struct("<q")
+
+
+def mark(txn: lmdb.Transaction, dbs: Databases, key: str, fence: int) -> None:
+    """Mark `key`, whose record has been removed in this transaction."""
+    txn.put(_MARK + key.encode(), _FENCE.pack(fence), db=dbs.notes)
+    count(txn, dbs, key)
+
+
+def unmark(txn: lmdb.Transaction, dbs: Databases, keys: Iterable[str]) -> None:
+    """Take the marks away: PostgreSQL has passed these leases on."""
+    for key in keys:
+        txn.delete(_MARK + key.encode(), db=dbs.notes)
+        count(txn, dbs, key)
+
+
+def is_marked(txn: lmdb.Transaction, dbs: Databases, key: str) -> bool:
+    """Tell whether the lease of `key` is being given up."""
+    return txn.get(_MARK + key.encode(), db=dbs.notes) is not None
+
+
+def marked(txn: lmdb.Transaction, dbs: Databases) -> dict[str, int]:
+    """Return all marks: the fences by key."""
+    cursor = txn.cursor(dbs.notes)
+    if not cursor.set_range(_MARK):
+        return {}
+    marks = takewhile(lambda item: bytes(item[0]).startswith(_MARK), cursor.iternext())
+    return {
+        bytes(name)[len(_MARK) :].decode(): _FENCE.unpack(bytes(fence))[0] for name, fence in marks
+    }
+
+
+def counted(txn: lmdb.Transaction, dbs: Databases, key: str) -> bytes:
+    """Return how often sessions of this group were handed over."""
+    return bytes(txn.get(_group(key), b"", dbs.notes))
+
+
+def count(txn: lmdb.Transaction, dbs: Databases, key: str) -> None:
+    """Have what was read of this session before now not be kept any more."""
+    number = int.from_bytes(counted(txn, dbs, key), "little") + 1
+    txn.put(_group(key), number.to_bytes(8, "little"), db=dbs.notes)
+
+
+def may_go(data: bytes, entered_before: float) -> bool:
+    """Tell whether a record, as it is stored, is clean and was not loaded just now."""
+    if not data:
+        return True  # it has been evicted
+    head = decode_head(data)
+    return not head.flags & DIRTY and head.entered_at <= entered_before
+
+
+def _group(key: str) -> bytes:
+    return _COUNT + bytes([crc32(key.encode()) & 0xFF])

@@ -1,0 +1,95 @@
+"""The pulse of a node: four words in mapped memory that all its processes watch.
+
+Set by `membership` and `handover`; read for each session that is loaded, so a look costs
+some nanoseconds and no lock. Invariant: a word that is lost makes somebody ask
+PostgreSQL once more, or later; nothing else.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+from deferred_sessions.memory.directory import make_private
+
+_clock_gettime, _BOOTTIME = time.clock_gettime, time.CLOCK_BOOTTIME
+
+FILE: Final = "pulse"
+SIZE: Final = 4 * 8
+BEAT, SUSPECT, GRANTS, WANTED = range(4)
+
+
+def moment() -> float:
+    """Return seconds since the host was started, also those that it slept; no clock is set back."""
+    return _clock_gettime(_BOOTTIME)
+
+
+class Pulse:
+    """When this node was last heard of; opened by the first use in each process."""
+
+    def __init__(self, directory: Path, *, patience: float) -> None:
+        self._path = directory / FILE
+        self._patience = patience
+        self._words: memoryview[float] | None = None
+
+    def doubts(self, entered_at: float, at: float) -> bool:
+        """Tell whether a session that entered memory then may be another node's by now.
+
+        So it is if the node was found dead since, or was not heard of for longer than
+        `patience` seconds. A node that never was has no others beside it.
+        """
+        words = self._words or self._open()
+        return entered_at <= words[SUSPECT] or 0.0 < words[BEAT] < at - self._patience
+
+    def is_late(self, at: float) -> bool:
+        """Tell whether the node beats, but was not heard of for too long."""
+        words = self._words or self._open()
+        return 0.0 < words[BEAT] < at - self._patience
+
+    def is_suspect(self, entered_at: float) -> bool:
+        """Tell whether the node was found dead since."""
+        return entered_at <= (self._words or self._open())[SUSPECT]
+
+    def beat(self, at: float) -> None:
+        """Note that the node was heard of, or that PostgreSQL could not be told."""
+        (self._words or self._open())[BEAT] = at
+
+    def suspect(self, now: float) -> None:
+        """Doubt all that entered memory until `now`."""
+        (self._words or self._open())[SUSPECT] = now
+
+    @property
+    def grants(self) -> float:
+        """How often this node was told to look again for a lease."""
+        return (self._words or self._open())[GRANTS]
+
+    def granted(self) -> None:
+        """Have everybody who waits for a lease look again. One process does this at a time."""
+        (self._words or self._open())[GRANTS] += 1.0
+
+    @property
+    def wanted(self) -> float:
+        """How many sessions other nodes ask for that requests of this one hold."""
+        return (self._words or self._open())[WANTED]
+
+    def want(self, count: int) -> None:
+        """Note how many those are."""
+        (self._words or self._open())[WANTED] = count
+
+    def _open(self) -> memoryview[float]:
+        make_private(self._path.parent)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._path, flags, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, SIZE)
+            self._words = memoryview(mmap.mmap(descriptor, SIZE)).cast("d")
+        finally:
+            os.close(descriptor)
+        return self._words
+
+    def close(self) -> None:
+        """Unmap; the next use maps it again."""
+        self._words = None
