@@ -144,7 +144,7 @@ def test_a_waiter_gives_up(make_host: Callable[..., Host]) -> None:
 def test_the_agent_of_the_owner_is_killed(hosts: list[Host]) -> None:
     """Another process of the node takes over, and gives up what is asked for."""
     agent = hosts[0].process()
-    wait_until(lambda: Node.objects.exists(), what="the agent")
+    wait_until(Node.objects.exists, what="the agent")
     worker = hosts[0].process()
     key = worker("create", {"n": 1})
     agent.signal(signal.SIGKILL)

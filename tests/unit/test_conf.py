@@ -69,6 +69,10 @@ BAD: dict[str, list[Any]] = {
     "JOURNAL_SIZE": [0, 1024, "64M", 10**15, None],
     "JOURNAL_AGE": [0, -1, "300", None, float("inf")],
     "SYNC_INTERVAL": [-0.1, 61, "0.1", None, True],
+    "NODE": ["", "a#b", "a b", 3, "x" * 64],
+    "HEARTBEAT_INTERVAL": [0, "1", None],
+    "NODE_TIMEOUT": [0, "10", None, float("inf")],
+    "LISTEN": [3, ["default"]],
     "CACHE_SIZE": [-1, None, 1.5],
     "SERVERS": ["default", [], ["a", "b"], [3], None],
 }

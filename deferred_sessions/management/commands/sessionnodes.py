@@ -1,0 +1,61 @@
+"""`manage.py sessionnodes`: the nodes of the site, and what was refused to them."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import Any, Final
+
+from django.apps import apps
+from django.core.management.base import BaseCommand
+from django.utils import timezone
+
+from deferred_sessions.runtime import get_runtime
+
+SHOWN: Final = 4  # characters of a session key, which is a secret
+LINE: Final = "{:32} {:7} {:>12} {:>9} {:>8}"
+
+
+class Command(BaseCommand):
+    """Lists the nodes, or the writes that came too late."""
+
+    help = (
+        "List the hosts of this site: when each was last heard of, how many sessions it has, and "
+        "how many of its writes were refused because they came too late."
+    )
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Define the options."""
+        parser.add_argument(
+            "--refused", action="store_true", help="list the refused writes, latest first"
+        )
+
+    def handle(self, **options: Any) -> None:
+        """Print one of the two lists."""
+        alias = get_runtime().server.alias
+        if options["refused"]:
+            self._print_refused(alias)
+        else:
+            self._print_nodes(alias)
+
+    def _print_nodes(self, alias: str) -> None:
+        now = timezone.now()
+        self.stdout.write(LINE.format("node", "state", "heard of", "sessions", "refused"))
+        for node in _rows("Node", alias).order_by("node"):
+            sessions = _rows("Session", alias).filter(owner=node.node).count()
+            refused = _rows("RefusedWrite", alias).filter(node=node.node).count()
+            state = "alive" if node.died_at is None else "dead"
+            age = f"{(now - node.beat_at).total_seconds():.0f} s ago"
+            self.stdout.write(LINE.format(str(node), state, age, sessions, refused))
+
+    def _print_refused(self, alias: str) -> None:
+        for write in _rows("RefusedWrite", alias).order_by("-refused_at", "-id").iterator():
+            self.stdout.write(
+                f"{write.refused_at:%Y-%m-%d %H:%M:%S}  session {write.session_key[:SHOWN]}…  by "
+                f"{write.node.partition('#')[0]}, fence {write.fence}, version {write.version}; "
+                f"{write.owner.partition('#')[0] or 'nobody'} has fence {write.owner_fence}; "
+                f"differs in: {', '.join(write.changed_keys) or '(unreadable)'}"
+            )
+
+
+def _rows(model: str, alias: str) -> Any:
+    return apps.get_model("deferred_sessions", model).objects.using(alias)
