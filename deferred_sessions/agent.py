@@ -25,7 +25,7 @@ from deferred_sessions.handover import Handover
 from deferred_sessions.membership import Membership
 from deferred_sessions.memory import forks
 from deferred_sessions.memory.locks import ProcessLock
-from deferred_sessions.memory.pulse import Pulse
+from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.policy import Policy
 from deferred_sessions.revocations import Revocations
@@ -68,6 +68,7 @@ class Agent:
         self._policy = policy
         self._heartbeat = heartbeat
         self._listen = listen
+        self._beat_began: float | None = None
         self._is_asked = False
         self._asked_at = 0.0
         self._lock = ProcessLock(store.directory / "agent.lock")
@@ -109,7 +110,11 @@ class Agent:
 
     def beat_once(self, now: float) -> list[str]:
         """Tell the others that this node lives, and find out who does not."""
-        return self._membership.beat_once(now)
+        self._beat_began = moment()
+        try:
+            return self._membership.beat_once(now)
+        finally:
+            self._beat_began = None
 
     def release_once(self, now: float) -> bool:
         """Give up the sessions that other nodes wait for; return whether some are in use."""
@@ -179,6 +184,9 @@ class Agent:
             target=self._serve_slowly, name="deferred_sessions_agent_slow", daemon=True
         )
         slow.start()
+        threading.Thread(
+            target=self._wait_for_beat, name="deferred_sessions_agent_pulse", daemon=True
+        ).start()
         promptly = (self.beat_once, self.release_once, self.read_revocations_once)
         owner, pause = self._server.owner, min(ROUND, self._flusher.journal.interval or ROUND)
         with Listener(self._listen, node=owner, retry_after=LISTEN_AGAIN) as listener:
@@ -213,6 +221,14 @@ class Agent:
                 self._stop.wait(ROUND)
         finally:
             connections.close_all()
+
+    def _wait_for_beat(self) -> None:
+        """Keep the pulse while PostgreSQL hangs: as in any outage, memory goes on to be trusted."""
+        patience = self._pulse.patience / 4
+        while not self._stop.wait(patience):
+            began = self._beat_began
+            if began is not None and moment() - began > patience:
+                self._pulse.beat(moment())
 
     def _hear(self, words: Collection[str], now: float) -> None:
         """Do at once what somebody waits for."""

@@ -73,6 +73,9 @@ DATABASES = {
     "default": dj_database_url.parse(os.environ["DATABASE_URL"], conn_max_age=60),
 }
 
+if "DIRECT_URL" in os.environ:  # past a pooler
+    DATABASES["direct"] = dj_database_url.parse(os.environ["DIRECT_URL"])
+
 SESSION_ENGINE = os.environ.get("SESSION_ENGINE", "deferred_sessions.backend")
 DEFERRED_SESSIONS = json.loads(os.environ.get("DEFERRED_SESSIONS", "{}"))
 if "SESSION_DIRECTORY" in os.environ:

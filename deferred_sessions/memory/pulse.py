@@ -32,7 +32,8 @@ class Pulse:
 
     def __init__(self, directory: Path, *, patience: float) -> None:
         self._path = directory / FILE
-        self._patience = patience
+        self.patience = patience
+        """Seconds without a heartbeat after which memory is not trusted any more."""
         self._words: memoryview[float] | None = None
 
     def doubts(self, entered_at: float, at: float) -> bool:
@@ -42,12 +43,12 @@ class Pulse:
         `patience` seconds. A node that never was has no others beside it.
         """
         words = self._words or self._open()
-        return entered_at <= words[SUSPECT] or 0.0 < words[BEAT] < at - self._patience
+        return entered_at <= words[SUSPECT] or 0.0 < words[BEAT] < at - self.patience
 
     def is_late(self, at: float) -> bool:
         """Tell whether the node beats, but was not heard of for too long."""
         words = self._words or self._open()
-        return 0.0 < words[BEAT] < at - self._patience
+        return 0.0 < words[BEAT] < at - self.patience
 
     def is_suspect(self, entered_at: float) -> bool:
         """Tell whether the node was found dead since."""

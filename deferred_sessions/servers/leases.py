@@ -59,6 +59,7 @@ class Leases:
 
     def requested(self) -> dict[str, int]:
         """Return the leases of this node, with their fences, that others wait for."""
+        self._server.connect()
         return dict(self._server.run(sql.REQUESTED, [self._server.owner()]))
 
     def release(self, leases: Mapping[str, int]) -> int:
@@ -89,6 +90,7 @@ class Leases:
         `word` is "beat"; "join" for the first one, which ends earlier incarnations of the
         node; or "revive", for a node that was found dead and has taken note of it.
         """
+        self._server.connect()
         parameters = [self._server.owner(), json.dumps(dict(traits)), word]
         rows = self._server.run(sql.BEAT, parameters)
         return [Beat(node, beat, is_dead, json.loads(text)) for node, beat, is_dead, text in rows]

@@ -78,6 +78,14 @@ class SessionServer:
             raise
         self.run(sql.RELEASE_SAVEPOINT, [])
 
+    def connect(self) -> None:
+        """Connect, also if that has failed a moment ago; for what happens in the background.
+
+        Raises:
+            ServerUnavailableError: The server is away.
+        """
+        self._connect(self._connection(), insist=True)
+
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Use another connection in the block, outside of the application's transaction."""
@@ -237,7 +245,7 @@ class SessionServer:
         Raises:
             ServerUnavailableError: Nothing was read.
         """
-        self._connect(self._connection(), insist=True)
+        self.connect()
         rows = self.run(sql.REVOCATIONS, [since])
         revoked = [Revocation(*row[:5]) for row in rows if row[0] is not None]
         return Revocations(revoked, *rows[0][5:])
