@@ -164,10 +164,12 @@ def of_recovery(scale: Scale) -> Iterator[Table | Goal]:
         store.mkdir(mode=0o700)
         payload = get_runtime().codec.encode(content(300)).payload
         now, policy = time.time(), Policy(60.0)
-        with host(Path(place), JOURNAL_DIRECTORY=str(logs), STORE_SIZE=2 << 30):
+        with host(Path(place), JOURNAL_DIRECTORY=str(logs), STORE_SIZE=1 << 30):
             runtime = get_runtime()
             identity = runtime.store.journal.identity if runtime.store.journal else ""
-            journal = Journal(logs, store=store, size=1 << 30, sync_interval=0.1, identity=identity)
+            journal = Journal(
+                logs, store=store, size=256 << 20, sync_interval=0.1, identity=identity
+            )
             journal.restart(1, [], now)
             for turn in range(number):
                 key = f"{turn * 2654435761 % 2**32:032x}"

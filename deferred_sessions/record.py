@@ -34,6 +34,13 @@ DIRTY: Final = CHANGED | TOUCHED
 
 _HEADER: Final = struct.Struct("<BHBIIQQQdddddddd")
 _SIZE: Final = _HEADER.size
+_VERSION: Final = struct.Struct("<Q")
+_TIME: Final = struct.Struct("<d")
+_TIMES: Final = struct.Struct("<ddd")  # due, used, entered: the end of the header
+_FLAGS_AT, _VERSION_AT, _EXPIRES_AT = 3, 12, 44  # places in the header
+_TIMES_AT: Final = _SIZE - _TIMES.size
+CHANGED_AT: Final = slice(_TIMES_AT - _TIME.size, _TIMES_AT)
+"""Where `changed_at` stands in the bytes of a record, as a little-endian double."""
 
 
 class SessionRecord(NamedTuple):
@@ -183,3 +190,41 @@ def encode_written(data: bytes, head: Head, now: float) -> bytes:
         created_at, expires_at, expires_at, now, 0.0, 0.0, used_at, entered_at,
     )  # fmt: skip
     return written + data[_SIZE:]
+
+
+def version_of(data: memoryview, start: int, stop: int) -> int:
+    """Return the version of the record between two places, at a fifth of the cost of its head.
+
+    Raises:
+        RecordCorruptError: Too short, or of a layout this version does not know.
+    """
+    if stop - start < _SIZE or data[start] != FORMAT:
+        _fields(data[start:stop])
+    version: int = _VERSION.unpack_from(data, start + _VERSION_AT)[0]
+    return version
+
+
+def is_tombstone(data: bytes) -> bool:
+    """Tell whether the record in `data` is a remembered deletion."""
+    return bool(data[_FLAGS_AT] & TOMBSTONE)
+
+
+def encode_recovered(data: memoryview, now: float) -> bytes | None:
+    """Return the bytes of a record of the journal for a store that lost it; None if expired.
+
+    The same as decoding, `lifecycle.recovered` and encoding, at a fifth of the cost: a
+    recovery does it for each session.
+    """
+    flags = data[_FLAGS_AT]
+    if flags & TOMBSTONE:
+        flags |= CHANGED
+    elif _TIME.unpack_from(data, _EXPIRES_AT)[0] > now:
+        flags |= CHANGED | RECOVERED
+    else:
+        return None
+    found = bytearray(data)
+    found[_FLAGS_AT] = flags
+    if not any(found[CHANGED_AT]):
+        found[CHANGED_AT] = _TIME.pack(now)
+    _TIMES.pack_into(found, _TIMES_AT, now - 1.0, now, now)
+    return bytes(found)

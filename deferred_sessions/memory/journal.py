@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -53,7 +54,7 @@ class Journal:
         self._state = store / STATE_FILE
         self._words: memoryview | None = None
         self._opened = -1  # the generation whose files are open
-        self._salt = b""
+        self._seed = 0
         self._descriptors = [-1, -1]
         self._syncing = ProcessLock(store / "journal-sync.lock")
 
@@ -74,7 +75,7 @@ class Journal:
             self._open(generation)
         active = generation & 1
         position = words[_POSITION + active]
-        frame = log_file.encode(name, data, position, self._salt)
+        frame = log_file.encode(name, data, position, self._seed)
         # A deletion is small, and must not fail.
         reserve = 0 if len(data) > SMALL else RESERVE
         if position + len(frame) > GROWTH * self._size + reserve:
@@ -182,7 +183,7 @@ class Journal:
         words[_SYNCED + resting] = 0
         words[_POSITION + resting] = 0
 
-    def restart(self, generation: int, records: list[tuple[bytes, bytes]], now: float) -> None:
+    def restart(self, generation: int, records: Iterable[tuple[bytes, bytes]], now: float) -> None:
         """Begin anew with a log of these records alone, durable on return.
 
         For recovery: the old logs are good until the new one is in place.
@@ -193,13 +194,7 @@ class Journal:
         seed.unlink(missing_ok=True)
         descriptor = self._descriptor(seed)
         try:
-            salt = self._begin(descriptor, generation)
-            position = HEADER_SIZE
-            for name, data in records:
-                frame = log_file.encode(name, data, position, salt)
-                os.pwrite(descriptor, frame, position)
-                position += len(frame)
-            os.fsync(descriptor)
+            position = self._begin(descriptor, generation, records)
         finally:
             os.close(descriptor)
         seed.rename(path)
@@ -230,13 +225,16 @@ class Journal:
         words = self._map_words()
         return words[_GENERATION] > generation or words[_SYNCED + (generation & 1)] >= position
 
-    def _begin(self, descriptor: int, generation: int) -> bytes:
-        """Give a log its space and its header; return the salt."""
+    def _begin(
+        self, descriptor: int, generation: int, records: Iterable[tuple[bytes, bytes]] = ()
+    ) -> int:
+        """Give a log its header, its first records and its space, on disk; return their end."""
         header = Header.new(generation, self.identity)
         try:
+            position = self._fill(descriptor, header.seed, records)
             # Zeros, not `fallocate`: the first write to blocks that were only reserved makes
             # each `fdatasync` one of the file's metadata, too, at several times its cost.
-            for offset in range(0, self._size, len(ZEROS)):
+            for offset in range(position, self._size, len(ZEROS)):
                 os.pwrite(descriptor, ZEROS[: self._size - offset], offset)
             os.pwrite(descriptor, header.encode(), 0)
             os.fsync(descriptor)
@@ -245,7 +243,20 @@ class Journal:
                 f"A log of {self._size >> 20} MiB cannot be made in {self.directory}: "
                 f"{error.strerror}. Make room, or see DEFERRED_SESSIONS['JOURNAL_DIRECTORY']."
             ) from error
-        return header.salt
+        return position
+
+    @staticmethod
+    def _fill(descriptor: int, seed: int, records: Iterable[tuple[bytes, bytes]]) -> int:
+        """Write records from the beginning, many at once; return where they end."""
+        position, start, frames = HEADER_SIZE, HEADER_SIZE, []
+        for name, data in records:
+            frames.append(log_file.encode(name, data, position, seed))
+            position += len(frames[-1])
+            if position - start >= len(ZEROS):
+                _write(descriptor, b"".join(frames), start)
+                start, frames = position, []
+        _write(descriptor, b"".join(frames), start)
+        return position
 
     def _open(self, generation: int) -> None:
         """Open both logs, unless they are open since that generation."""
@@ -259,7 +270,7 @@ class Journal:
         header = Header.decode(os.pread(self._descriptors[generation & 1], HEADER_SIZE, 0), path)
         if header is None or header.generation != generation:
             raise JournalError(f"{path} was exchanged while it was in use.")
-        self._salt, self._opened = header.salt, generation
+        self._seed, self._opened = header.seed, generation
 
     def _descriptor(self, path: Path) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -286,3 +297,9 @@ class Journal:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _write(descriptor: int, data: bytes, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

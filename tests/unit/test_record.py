@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import (
     CHANGED,
+    CHANGED_AT,
     FORMAT,
     TOMBSTONE,
     TOUCHED,
@@ -22,8 +24,11 @@ from deferred_sessions.record import (
     decode,
     decode_head,
     encode,
+    encode_recovered,
     encode_written,
+    is_tombstone,
     split_rests,
+    version_of,
 )
 
 times = st.floats(min_value=0, max_value=4e9)
@@ -82,6 +87,26 @@ def test_written_bytes_are_those_of_the_written_record(record: SessionRecord) ->
     data = encode(record)
 
     assert decode(record.key, encode_written(data, decode_head(data), 123.0)) == expected
+
+
+@given(records, st.booleans())
+def test_recovered_bytes_are_those_of_the_recovered_record(
+    record: SessionRecord, is_changed: bool
+) -> None:
+    """The shortcut of a recovery does what `lifecycle.recovered` does."""
+    record = record._replace(changed_at=record.changed_at if is_changed else 0.0)
+    now = 2e9
+
+    data = encode_recovered(memoryview(encode(record)), now)
+
+    if record.expires_at <= now and not record.is_tombstone:
+        assert data is None
+        return
+    assert data is not None
+    assert decode(record.key, data) == lifecycle.recovered(record, now=now)
+    assert version_of(memoryview(b"xx" + data), 2, 2 + len(data)) == record.version
+    assert is_tombstone(data) == record.is_tombstone
+    assert struct.unpack("<d", data[CHANGED_AT]) == (record.changed_at or now,)
 
 
 @given(records, st.data())
