@@ -22,13 +22,14 @@ from typing import Final
 from deferred_sessions.exceptions import JournalError, StoreFullError
 from deferred_sessions.memory import log_file
 from deferred_sessions.memory.directory import make_private
-from deferred_sessions.memory.locks import ProcessLock
+from deferred_sessions.memory.locks import Relay
 from deferred_sessions.memory.log_file import HEADER_SIZE, Header
 
 STATE_FILE: Final = "journal"
 STATE_SIZE: Final = 4096
 LOGS: Final = ("log.0", "log.1")
-FIRST_LOOK, LAST_LOOK = 0.0001, 0.002  # seconds between looks at the synced position
+SLOW: Final = 1000  # microseconds of a sync from which on it pays to wait for company
+COMPANY: Final = 0.3  # of the time of a sync: how long
 ZEROS: Final = bytes(1 << 20)
 GROWTH: Final = 4  # times its size that a log may have while nothing can be flushed
 SMALL, RESERVE = 128, 1 << 20  # bytes of a record, and room for many such ones
@@ -36,8 +37,10 @@ FULL: Final = (
     "The journal is full of changes that PostgreSQL does not have. Is it away? Otherwise raise "
     "DEFERRED_SESSIONS['JOURNAL_SIZE']."
 )
-# Words of the state: generation; positions and synced positions of both logs; times in µs.
+# Words of the state: generation; positions and synced positions of both logs; times in µs;
+# how many syncs that savers wait for were begun, which was done last, its µs, and its bytes.
 _GENERATION, _POSITION, _SYNCED, _SYNCED_AT, _SWAPPED_AT = 0, 1, 3, 5, 6
+_TURN, _DONE, _TOOK, _GROUP = 7, 8, 9, 10
 
 
 class Journal:
@@ -56,7 +59,7 @@ class Journal:
         self._opened = -1  # the generation whose files are open
         self._seed = 0
         self._descriptors = [-1, -1]
-        self._syncing = ProcessLock(store / "journal-sync.lock")
+        self._relay = Relay(store / "journal-sync.lock")
 
     # Within a write transaction of the host store
 
@@ -110,28 +113,51 @@ class Journal:
 
     def sync(self, now: float) -> None:
         """Have on disk what the active log was told until now."""
-        words = self._map_words()
-        generation, position = self.position()
+        words = self._words or self._map()
+        generation = words[_GENERATION]
         active = generation & 1
+        position = words[_POSITION + active]
         if position > words[_SYNCED + active]:
-            self._open(generation)
+            if generation != self._opened:
+                self._open(generation)
             os.fdatasync(self._descriptors[active])
             if words[_GENERATION] == generation:  # a swap has synced by itself
                 words[_SYNCED + active] = max(position, words[_SYNCED + active])
         words[_SYNCED_AT] = int(now * 1e6)
 
     def wait(self, now: float) -> None:
-        """Return when all that this process was told is on disk; savers share the syncs."""
+        """Return when all that this process was told is on disk; savers share the syncs.
+
+        The first who comes while a sync is under way leads the next turn, which covers all
+        who come before it begins; they sleep until it ends.
+        """
+        words, relay = self._words or self._map(), self._relay
         generation, position = self.position()
-        while not self._is_synced(generation, position):
-            with self._syncing.held(wait=False) as is_held:
-                if is_held:
+        while words[_GENERATION] == generation and words[_SYNCED + (generation & 1)] < position:
+            turn = words[_TURN]
+            if not relay.lead(turn):
+                relay.follow(turn)
+                continue
+            try:
+                if words[_DONE] != turn:
+                    relay.follow(turn - 1)
+                if words[_TURN] == turn:
+                    self._await_company(words)
+                    words[_TURN] = turn + 1  # who comes from here on may not be covered
+                    started, words[_GROUP] = time.perf_counter(), self.unsynced()
                     self.sync(now)
-            # Not queueing for the lock: one sync wakes all who wait, without a word.
-            pause = FIRST_LOOK
-            while not is_held and not self._is_synced(generation, position) and pause < LAST_LOOK:
-                time.sleep(pause)
-                pause *= 1.5
+                    words[_TOOK] = int((time.perf_counter() - started) * 1e6)
+                    words[_DONE] = turn + 1
+            finally:
+                relay.done(turn)
+
+    def _await_company(self, words: memoryview) -> None:
+        """Give those whom the last sync covered time to come back, where syncs take long.
+
+        Otherwise savers fall apart into two groups, each of which waits for the other's sync.
+        """
+        if words[_TOOK] > SLOW and self.unsynced() < words[_GROUP] / 2:
+            time.sleep(words[_TOOK] / 1e6 * COMPANY)
 
     def is_behind(self, now: float) -> bool:
         """Tell whether nobody has synced for so long that the saver has to."""
@@ -220,10 +246,6 @@ class Journal:
         self._opened = -1
 
     # Inside
-
-    def _is_synced(self, generation: int, position: int) -> bool:
-        words = self._map_words()
-        return words[_GENERATION] > generation or words[_SYNCED + (generation & 1)] >= position
 
     def _begin(
         self, descriptor: int, generation: int, records: Iterable[tuple[bytes, bytes]] = ()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -463,6 +465,60 @@ def test_a_sync_tells_what_a_power_loss_would_take(host: Host) -> None:
     assert host.journal.unsynced() > 0
     host.journal.sync(NOW)
     assert host.journal.unsynced() == 0
+
+
+def test_savers_who_wait_share_a_sync(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes while a sync is under way is covered by the next; one is enough for all."""
+    put(host.store, key(0))
+    real, calls = os.fdatasync, itertools.count(1)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def fdatasync(descriptor: int) -> None:
+        number = next(calls)
+        begun.set()
+        assert number > 1 or may_end.wait(30)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    savers = [threading.Thread(target=host.journal.wait, args=(NOW,)) for _ in range(9)]
+    savers[0].start()
+    assert begun.wait(30)
+    put(host.store, key(1))
+    for saver in savers[1:]:
+        saver.start()
+    may_end.set()
+    for saver in savers:
+        saver.join(30)
+    assert host.journal.unsynced() == 0
+    assert next(calls) == 3
+
+
+def test_a_saver_who_dies_in_a_sync_holds_nobody_up(host: Host) -> None:
+    """kill -9 in the middle of the sync that others wait for: one of them does it."""
+    put(host.store, key(1))
+    begun = FORK.Event()
+
+    def die_in_a_sync() -> None:
+        def fdatasync(_: int) -> None:
+            begun.set()
+            time.sleep(60)
+
+        os.fdatasync = fdatasync
+        host.journal.wait(NOW)
+
+    leader = FORK.Process(target=die_in_a_sync)
+    leader.start()
+    assert begun.wait(30)
+    savers = [threading.Thread(target=host.journal.wait, args=(NOW,)) for _ in range(3)]
+    for saver in savers:
+        saver.start()
+    assert all(saver.is_alive() for saver in savers)
+    leader.kill()
+    for saver in savers:
+        saver.join(30)
+    assert not any(saver.is_alive() for saver in savers)
+    assert host.journal.unsynced() == 0
+    leader.join(30)
 
 
 def test_a_disk_without_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
