@@ -114,7 +114,8 @@ def update(
         count_removal(txn, dbs)
     else:
         new_data = encode(after)
-        if not may_grow and (data is None or len(new_data) > len(data)):
+        # What becomes dirty takes some bytes more; there is room kept back for that.
+        if not may_grow and (before is None or len(after.payload) > len(before.payload)):
             raise StoreFullError(FULL)
         txn.put(name, new_data)
         if dbs.log is not None and after.flags & DIRTY:
