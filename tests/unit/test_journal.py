@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 import shutil
@@ -26,6 +27,8 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.record import SessionRecord
 from tests.unit import records
 from tests.unit.records import POLICY, key, save
+
+logger = logging.getLogger(__name__)  # its figures: pytest --log-cli-level=INFO
 
 NOW = time.time()
 MIB = 1 << 20
@@ -235,8 +238,10 @@ def test_a_log_cut_at_every_offset_of_its_last_records(host: Host, tmp_path: Pat
         found = recovery.read(_journal_of(tmp_path / str(cut), path.name, whole[:cut]))
         (name,) = found.newest
         data = bytes(found.data(name))
+        # The last one synced is number 2; what the cut left whole of the rest is there.
         assert any(data.endswith(state) for state in states[2:])
     assert data.endswith(b"state 5")
+    logger.info("cut at %d offsets: what was synced is there, nothing is torn", end + 1 - synced)
 
 
 def _journal_of(place: Path, name: str, log: bytes) -> Journal:
