@@ -96,8 +96,9 @@ class Journal:
         words = self._map_words()
         generation = words[_GENERATION]
         self._open(generation)
-        os.fdatasync(self._descriptors[generation & 1])
-        other = (generation + 1) & 1
+        active, other = generation & 1, (generation + 1) & 1
+        synced, position = words[_SYNCED + active], words[_POSITION + active]
+        self._sync_file(self._descriptors[active], synced, position)
         words[_SYNCED + other] = HEADER_SIZE
         words[_POSITION + other] = HEADER_SIZE
         words[_SWAPPED_AT] = int(now * 1e6)
@@ -112,7 +113,11 @@ class Journal:
         return generation, words[_POSITION + (generation & 1)]
 
     def sync(self, now: float) -> None:
-        """Have on disk what the active log was told until now."""
+        """Have on disk what the active log was told until now.
+
+        Raises:
+            JournalError: The disk failed. Nothing counts as synced; the next sync tries again.
+        """
         words = self._words or self._map()
         generation = words[_GENERATION]
         active = generation & 1
@@ -120,7 +125,7 @@ class Journal:
         if position > words[_SYNCED + active]:
             if generation != self._opened:
                 self._open(generation)
-            os.fdatasync(self._descriptors[active])
+            self._sync_file(self._descriptors[active], words[_SYNCED + active], position)
             if words[_GENERATION] == generation:  # a swap has synced by itself
                 words[_SYNCED + active] = max(position, words[_SYNCED + active])
         words[_SYNCED_AT] = int(now * 1e6)
@@ -246,6 +251,18 @@ class Journal:
         self._opened = -1
 
     # Inside
+
+    def _sync_file(self, descriptor: int, synced: int, position: int) -> None:
+        try:
+            os.fdatasync(descriptor)
+        except OSError as error:
+            # The kernel reports pages that it could not write once, and then takes them for
+            # written: they are written anew, so that the next sync means them.
+            os.pwrite(descriptor, os.pread(descriptor, position - synced, synced), synced)
+            raise JournalError(
+                f"The journal in {self.directory} cannot be synced: {error.strerror}. What was "
+                "saved is in memory; it is not safe from a crash of the host."
+            ) from error
 
     def _begin(
         self, descriptor: int, generation: int, records: Iterable[tuple[bytes, bytes]] = ()

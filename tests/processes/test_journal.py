@@ -53,6 +53,34 @@ while True:
 """
 
 
+STOP = """
+import itertools, os, sys, time
+from pathlib import Path
+import django; django.setup()
+from deferred_sessions.memory import recovery
+from deferred_sessions.runtime import get_runtime
+recovery.PART = 1
+step, number, calls = sys.argv[1], int(sys.argv[2]), itertools.count(1)
+owner = {"restore": recovery.tables, "fsync": os, "rename": Path}[step]
+real = getattr(owner, step)
+def stop(*arguments):
+    if next(calls) == number:
+        print("stopped", flush=True)
+        time.sleep(60)
+    return real(*arguments)
+setattr(owner, step, stop)
+get_runtime().store.open()
+"""
+STEPS = (  # of a recovery, and at which of its calls it is killed
+    ("rename", 1),  # while the store is made
+    ("restore", 2),  # with one of four sessions in it
+    ("restore", 4),
+    ("fsync", 1),  # before the new log is on disk
+    ("rename", 1),  # before it is in its place
+    ("fsync", 2),  # after that
+)
+
+
 class Writers:
     """Processes that save, and a file each in which they acknowledge it."""
 
@@ -187,7 +215,7 @@ def test_the_keeper_is_killed_in_mid_swap_and_mid_reset(
 
 
 def test_a_recovery_that_is_killed(journaled: Callable[..., Site], tmp_path: Path) -> None:
-    """kill -9 in the middle, again and again; then it ends as if nothing had been."""
+    """kill -9 at each of its steps, one after the other; it ends as if nothing had been."""
     site = journaled()
     writers = Writers(site, tmp_path, 4)
     writers.start()
@@ -195,23 +223,14 @@ def test_a_recovery_that_is_killed(journaled: Callable[..., Site], tmp_path: Pat
     writers.kill()
     reset_runtime()
     shutil.rmtree(site.directory)
-    chance = random.Random(3)
-    for _ in range(6):
-        process = site.start(
-            *("-c", "import django; django.setup(); print('go', flush=True)\n" + OPEN),
-            stdout=subprocess.PIPE,
-            kill=True,
-        )
+    for step, number in STEPS:
+        process = site.start("-c", STOP, step, str(number), stdout=subprocess.PIPE, kill=True)
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.01))
+        assert process.stdout.readline() == b"stopped\n"
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
     assert_nothing_is_lost(writers)
-
-
-OPEN = "from deferred_sessions.runtime import get_runtime; get_runtime().store.open()"
 
 
 def test_a_save_on_disk_is_shared_by_savers(journaled: Callable[..., Site], tmp_path: Path) -> None:

@@ -526,6 +526,31 @@ def test_a_saver_who_dies_in_a_sync_holds_nobody_up(host: Host) -> None:
     leader.join(30)
 
 
+def test_a_disk_that_fails_to_sync(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits is told; the kernel would take the pages for written, so they are written anew."""
+    put(host.store, key(1))
+    real, calls, written = os.pwrite, itertools.count(1), []
+
+    def fail_once(_: int) -> None:
+        if next(calls) == 1:
+            raise OSError(5, "Input/output error")
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        written.append(bytes(data))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    lost = host.journal.unsynced()
+    with pytest.raises(JournalError, match=r"cannot be synced: Input/output error"):
+        host.journal.wait(NOW)
+    assert host.journal.unsynced() == lost == len(written[0])
+    host.journal.wait(NOW)
+    assert host.journal.unsynced() == 0
+    host.lose_power()
+    assert set(host.records()) == {key(1)}
+
+
 def test_a_disk_without_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
 
