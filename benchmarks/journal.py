@@ -129,7 +129,7 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
                 "PostgreSQL, a commit each, 1 process": lambda: commits(1, count),
                 f"PostgreSQL, a commit each, {many}": lambda: commits(PROCESSES, count),
             },
-            scale.of(7, 2),
+            scale.of(3, 1),
         )
     rates = {name: 1 / value for name, value in medians(figures).items()}
     rows = [(name, f"{rate:,.0f}") for name, rate in rates.items()]
