@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import lmdb
 from django.test import override_settings
 from django.utils.crypto import get_random_string
 
@@ -21,6 +22,7 @@ from benchmarks.measure import Goal, Plot, Scale, Table, median, seconds, take_t
 from benchmarks.sessions import content
 from deferred_sessions import lifecycle
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.memory.store import BATCH
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.runtime import Runtime, get_runtime
 
@@ -74,17 +76,72 @@ def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
             if number == many:
                 yield from workers(store, place, scale)
         rows.append((f"{number:,} sessions", *(f"{f:,.1f}" for f in figures[number])))
+    undecoded = without_decoded(scale)
+    limits = {number: bare(number, SIZE, scale) for number in (FEW, many)}
+    rows.append((f"{FEW:,}, none decoded", f"{undecoded:,.1f}", "", ""))
+    rows += [
+        (f"{number:,}, bare LMDB", "", *(f"{f:,.1f}" for f in limits[number])) for number in limits
+    ]
     header = ("held", "load + change + save, µs", f"tick with {DUE:,} due, ms", "store / payload")
     yield Table(
         "few and many sessions in the host store, each as likely as any other", header, rows
     )
     (cycle, tick, share), (few_cycle, few_tick, _) = figures[many], figures[FEW]
     yield Goal(f"load + change + save, {many:,} sessions to {FEW:,}", cycle / few_cycle, 1.6)
+    yield Goal(f"the same, to {FEW:,} that this process had not decoded", cycle / undecoded, 1.6)
     yield Goal(f"host store, to the bytes of the payloads, {SIZE} bytes each", share, 2.0)
+    yield Goal("the same of bare LMDB, without any bookkeeping: a limit", limits[many][1], 2.0)
     yield from larger(scale)
     yield Goal(f"tick with {DUE:,} due, {many:,} sessions to {FEW:,}", tick / few_tick, 1.2)
+    limit = limits[many][0] / limits[FEW][0]
+    yield Goal("reading and putting as many in bare LMDB, the same: a limit", limit, 1.2)
     bars = {f"{number:,}": figures[number][0] for number in figures}
     yield Plot("growth", "load + change + save, by sessions held", bars, "µs")
+
+
+def without_decoded(scale: Scale) -> float:
+    """Return µs of a cycle with few sessions that the process has not decoded.
+
+    Among a million sessions that is what nearly every request finds: the process has 10,000.
+    """
+    own = {"DIRECTORY": f"{os.environ['SESSION_DIRECTORY']}-none", "CACHE_SIZE": 0}
+    with override_settings(DEFERRED_SESSIONS=own):
+        store = filled(FEW)
+        cycles = [
+            seconds(partial(change_some, store, CYCLES)) / CYCLES for _ in range(scale.of(9, 3))
+        ]
+    return median(cycles) * 1e6
+
+
+def bare(number: int, size: int, scale: Scale) -> tuple[float, float]:
+    """Return ms for reading and putting `DUE` payloads, and bytes for a byte of payload.
+
+    In an LMDB of nothing but keys and payloads, opened and written as ours is.
+    """
+    scale.progress(f"bare LMDB, {number:,} payloads of {size:,} bytes")
+    place = Path(f"{os.environ['SESSION_DIRECTORY']}-bare-{number}-{size}")
+    payload = get_runtime().codec.encode(content(size)).payload
+    keys = [get_random_string(32).encode() for _ in range(number)]
+    options = {"sync": False, "writemap": True, "map_async": True, "meminit": False}
+    with lmdb.open(str(place), STORE_SIZE, **options) as env:
+        for start in range(0, number, BATCH):
+            put_some(env, sorted(keys[start : start + BATCH]), payload)
+        stat = env.stat()
+        pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+        taken = [
+            seconds(partial(put_some, env, sorted(random.sample(keys, DUE)), payload))
+            for _ in range(scale.of(9, 3))
+        ]
+    return median(taken) * 1e3, pages * stat["psize"] / (number * len(payload))
+
+
+def put_some(env: lmdb.Environment, keys: list[bytes], payload: bytes) -> None:
+    """Read and put these, as many in a transaction as a flush does."""
+    for start in range(0, len(keys), BATCH):
+        with env.begin(write=True) as txn:
+            for key in keys[start : start + BATCH]:
+                txn.get(key)
+                txn.put(key, payload)
 
 
 def larger(scale: Scale) -> Iterator[Goal]:
@@ -97,6 +154,8 @@ def larger(scale: Scale) -> Iterator[Goal]:
             store = filled(number, size)
             share = store.runtime.store.status().used / store.payload
         yield Goal(f"host store, to the bytes of the payloads, {size:,} bytes each", share, 2.0)
+        limit = bare(number, size, scale)[1]
+        yield Goal("the same of bare LMDB: a limit", limit, 2.0)
 
 
 def filled(number: int, size: int = SIZE) -> Store:

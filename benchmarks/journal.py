@@ -15,11 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from django.db import connection
 from django.test import override_settings
 
 from benchmarks.cycles import change_and_save, per_cycle
-from benchmarks.measure import Goal, Scale, Table, median, medians, ratio, seconds, take_turns
+from benchmarks.measure import (
+    Figures,
+    Goal,
+    Scale,
+    Table,
+    median,
+    medians,
+    ratio,
+    seconds,
+    take_turns,
+)
 from benchmarks.sessions import content, stored
 from deferred_sessions import lifecycle
 from deferred_sessions.backend import SessionStore
@@ -29,11 +38,15 @@ from deferred_sessions.record import encode
 from deferred_sessions.runtime import get_runtime
 
 CYCLES, SESSIONS, PROCESSES = 2_000, 100, 8
+SLOW = 0.002  # seconds that a sync takes longer on the disk that is simulated
 SAVER = """
-import json, sys, time
+import os, sys, time
 import django; django.setup()
 from deferred_sessions.backend import SessionStore
-key, count = sys.argv[1], int(sys.argv[2])
+key, count, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+real = os.fdatasync
+if delay:
+    os.fdatasync = lambda descriptor: (time.sleep(delay), real(descriptor))
 SessionStore(key)["count"]
 print("ready", flush=True)
 sys.stdin.readline()
@@ -43,6 +56,20 @@ for _ in range(count):
     session["count"] = session["count"] + 1
     session.save()
 print(time.perf_counter() - started, flush=True)
+"""
+COMMITTER = """
+import sys, time
+import django; django.setup()
+from django.db import connection
+key, count = sys.argv[1], int(sys.argv[2])
+statement = "UPDATE deferred_sessions_session SET session_data = %s, version = %s, owner = 'x'"
+with connection.cursor() as cursor:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    started = time.perf_counter()
+    for number in range(count):
+        cursor.execute(f"{statement} WHERE session_key = %s", [sys.argv[3], number + 2, key])
+    print(time.perf_counter() - started, flush=True)
 """
 
 
@@ -87,7 +114,7 @@ def of_saves(scale: Scale) -> Iterator[Table | Goal]:
 def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
     """Yield how many saves per second are on disk when they return."""
     scale.progress("saves that wait for the disk")
-    count = scale.of(500, 100)
+    count, many = scale.of(500, 100), f"{PROCESSES} processes"
     with (
         tempfile.TemporaryDirectory() as place,
         host(Path(place), JOURNAL_DIRECTORY=f"{place}/journal", SYNC_INTERVAL=0),
@@ -95,36 +122,61 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
         figures = take_turns(
             {
                 "1 process": lambda: savers(1, count),
-                f"{PROCESSES} processes": lambda: savers(PROCESSES, count),
-                "PostgreSQL, a commit each": lambda: commits(count),
+                many: lambda: savers(PROCESSES, count),
+                f"{many} that do not wait": lambda: savers(PROCESSES, count, interval=0.1),
+                "1 process, simulated disk": lambda: savers(1, count // 5, delay=SLOW),
+                f"{many}, simulated disk": lambda: savers(PROCESSES, count // 5, delay=SLOW),
+                "PostgreSQL, a commit each, 1 process": lambda: commits(1, count),
+                f"PostgreSQL, a commit each, {many}": lambda: commits(PROCESSES, count),
             },
-            scale.of(5, 2),
+            scale.of(3, 1),
         )
     rates = {name: 1 / value for name, value in medians(figures).items()}
     rows = [(name, f"{rate:,.0f}") for name, rate in rates.items()]
-    yield Table("updates that are on disk when they return", ("saved by", "per second"), rows)
-    value, spread = ratio(figures, "1 process", f"{PROCESSES} processes")
-    what = f"saves/s of {PROCESSES} processes that wait for the disk, to one"
-    yield Goal(what, value, 4, is_least=True, spread=spread)
-    value, spread = ratio(figures, "PostgreSQL, a commit each", f"{PROCESSES} processes")
-    yield Goal("the same, to single-row commits", value, 5, is_least=True, spread=spread)
+    title = "updates that are on disk when they return (simulated disk: each sync 2 ms longer)"
+    yield Table(title, ("saved by", "per second"), rows)
+    what = f"saves/s of {many} that wait for the disk, to one process"
+    yield at_least(figures, many, "1 process", 4, what)
+    ceiling = f"{many} that do not wait"
+    yield at_least(figures, ceiling, "1 process", 4, f"{what}; if the disk took no time")
+    slow = (f"{many}, simulated disk", "1 process, simulated disk")
+    yield at_least(figures, *slow, 4, f"{what}; simulated disk")
+    for who in ("1 process", many):
+        commit = f"PostgreSQL, a commit each, {who}"
+        what = f"saves/s of {many} that wait for the disk, to single-row commits of {who}"
+        yield at_least(figures, many, commit, 5, what)
 
 
-def savers(processes: int, count: int) -> float:
+def at_least(figures: Figures, name: str, control: str, limit: float, what: str) -> Goal:
+    """Return the goal that `name` does so many times as much in a second as `control`."""
+    value, spread = ratio(figures, control, name)
+    return Goal(what, value, limit, is_least=True, spread=spread)
+
+
+def savers(processes: int, count: int, *, delay: float = 0.0, interval: float = 0.0) -> float:
     """Return the seconds per save of processes that save at the same time."""
     own = get_runtime().settings
+    settings = {"JOURNAL_DIRECTORY": str(own.journal_directory), "SYNC_INTERVAL": interval}
     environment = {
-        **os.environ,
         "SESSION_DIRECTORY": str(own.directory),
-        "DEFERRED_SESSIONS": json.dumps(
-            {"JOURNAL_DIRECTORY": str(own.journal_directory), "SYNC_INTERVAL": 0}
-        ),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "DEFERRED_SESSIONS": json.dumps(settings),
     }
+    return together(processes, count, SAVER, [str(delay)], environment)
+
+
+def commits(processes: int, count: int) -> float:
+    """Return the seconds per update of a row that is committed by itself."""
+    return together(processes, count, COMMITTER, [SessionStore().encode(content(300))], {})
+
+
+def together(
+    processes: int, count: int, script: str, arguments: list[str], environment: dict[str, str]
+) -> float:
+    """Return the seconds per update of processes that begin at the same time."""
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", SAVER, stored(SessionStore, 300), str(count)],
-            env=environment,
+            [sys.executable, "-c", script, stored(SessionStore, 300), str(count), *arguments],
+            env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[1])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -142,19 +194,6 @@ def savers(processes: int, count: int) -> float:
     return max(taken) / (processes * count)
 
 
-def commits(count: int) -> float:
-    """Return the seconds per update of a row that is committed by itself."""
-    key, data = stored(SessionStore, 300), SessionStore().encode(content(300))
-    statement = "UPDATE deferred_sessions_session SET session_data = %s, version = %s, owner = 'x'"
-    with connection.cursor() as cursor:
-
-        def work() -> None:
-            for number in range(count):
-                cursor.execute(f"{statement} WHERE session_key = %s", [data, number + 2, key])
-
-        return seconds(work) / count
-
-
 def of_recovery(scale: Scale) -> Iterator[Table | Goal]:
     """Yield how long it takes to rebuild memory from a full log."""
     number = scale.of(1_000_000, 50_000)
@@ -164,10 +203,12 @@ def of_recovery(scale: Scale) -> Iterator[Table | Goal]:
         store.mkdir(mode=0o700)
         payload = get_runtime().codec.encode(content(300)).payload
         now, policy = time.time(), Policy(60.0)
-        with host(Path(place), JOURNAL_DIRECTORY=str(logs), STORE_SIZE=2 << 30):
+        with host(Path(place), JOURNAL_DIRECTORY=str(logs), STORE_SIZE=1 << 30):
             runtime = get_runtime()
             identity = runtime.store.journal.identity if runtime.store.journal else ""
-            journal = Journal(logs, store=store, size=1 << 30, sync_interval=0.1, identity=identity)
+            journal = Journal(
+                logs, store=store, size=256 << 20, sync_interval=0.1, identity=identity
+            )
             journal.restart(1, [], now)
             for turn in range(number):
                 key = f"{turn * 2654435761 % 2**32:032x}"

@@ -15,19 +15,21 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from deferred_sessions.exceptions import JournalError, StoreFullError
 from deferred_sessions.memory import log_file
 from deferred_sessions.memory.directory import make_private
-from deferred_sessions.memory.locks import ProcessLock
+from deferred_sessions.memory.locks import Relay
 from deferred_sessions.memory.log_file import HEADER_SIZE, Header
 
 STATE_FILE: Final = "journal"
 STATE_SIZE: Final = 4096
 LOGS: Final = ("log.0", "log.1")
-FIRST_LOOK, LAST_LOOK = 0.0001, 0.002  # seconds between looks at the synced position
+SLOW: Final = 1000  # microseconds of a sync from which on it pays to wait for company
+COMPANY: Final = 0.3  # of the time of a sync: how long
 ZEROS: Final = bytes(1 << 20)
 GROWTH: Final = 4  # times its size that a log may have while nothing can be flushed
 SMALL, RESERVE = 128, 1 << 20  # bytes of a record, and room for many such ones
@@ -35,8 +37,10 @@ FULL: Final = (
     "The journal is full of changes that PostgreSQL does not have. Is it away? Otherwise raise "
     "DEFERRED_SESSIONS['JOURNAL_SIZE']."
 )
-# Words of the state: generation; positions and synced positions of both logs; times in µs.
+# Words of the state: generation; positions and synced positions of both logs; times in µs;
+# how many syncs that savers wait for were begun, which was done last, its µs, and its bytes.
 _GENERATION, _POSITION, _SYNCED, _SYNCED_AT, _SWAPPED_AT = 0, 1, 3, 5, 6
+_TURN, _DONE, _TOOK, _GROUP = 7, 8, 9, 10
 
 
 class Journal:
@@ -53,9 +57,9 @@ class Journal:
         self._state = store / STATE_FILE
         self._words: memoryview | None = None
         self._opened = -1  # the generation whose files are open
-        self._salt = b""
+        self._seed = 0
         self._descriptors = [-1, -1]
-        self._syncing = ProcessLock(store / "journal-sync.lock")
+        self._relay = Relay(store / "journal-sync.lock")
 
     # Within a write transaction of the host store
 
@@ -74,7 +78,7 @@ class Journal:
             self._open(generation)
         active = generation & 1
         position = words[_POSITION + active]
-        frame = log_file.encode(name, data, position, self._salt)
+        frame = log_file.encode(name, data, position, self._seed)
         # A deletion is small, and must not fail.
         reserve = 0 if len(data) > SMALL else RESERVE
         if position + len(frame) > GROWTH * self._size + reserve:
@@ -92,8 +96,9 @@ class Journal:
         words = self._map_words()
         generation = words[_GENERATION]
         self._open(generation)
-        os.fdatasync(self._descriptors[generation & 1])
-        other = (generation + 1) & 1
+        active, other = generation & 1, (generation + 1) & 1
+        synced, position = words[_SYNCED + active], words[_POSITION + active]
+        self._sync_file(self._descriptors[active], synced, position)
         words[_SYNCED + other] = HEADER_SIZE
         words[_POSITION + other] = HEADER_SIZE
         words[_SWAPPED_AT] = int(now * 1e6)
@@ -108,29 +113,56 @@ class Journal:
         return generation, words[_POSITION + (generation & 1)]
 
     def sync(self, now: float) -> None:
-        """Have on disk what the active log was told until now."""
-        words = self._map_words()
-        generation, position = self.position()
+        """Have on disk what the active log was told until now.
+
+        Raises:
+            JournalError: The disk failed. Nothing counts as synced; the next sync tries again.
+        """
+        words = self._words or self._map()
+        generation = words[_GENERATION]
         active = generation & 1
+        position = words[_POSITION + active]
         if position > words[_SYNCED + active]:
-            self._open(generation)
-            os.fdatasync(self._descriptors[active])
+            if generation != self._opened:
+                self._open(generation)
+            self._sync_file(self._descriptors[active], words[_SYNCED + active], position)
             if words[_GENERATION] == generation:  # a swap has synced by itself
                 words[_SYNCED + active] = max(position, words[_SYNCED + active])
         words[_SYNCED_AT] = int(now * 1e6)
 
     def wait(self, now: float) -> None:
-        """Return when all that this process was told is on disk; savers share the syncs."""
+        """Return when all that this process was told is on disk; savers share the syncs.
+
+        The first who comes while a sync is under way leads the next turn, which covers all
+        who come before it begins; they sleep until it ends.
+        """
+        words, relay = self._words or self._map(), self._relay
         generation, position = self.position()
-        while not self._is_synced(generation, position):
-            with self._syncing.held(wait=False) as is_held:
-                if is_held:
+        while words[_GENERATION] == generation and words[_SYNCED + (generation & 1)] < position:
+            turn = words[_TURN]
+            if not relay.lead(turn):
+                relay.follow(turn)
+                continue
+            try:
+                if words[_DONE] != turn:
+                    relay.follow(turn - 1)
+                if words[_TURN] == turn:
+                    self._await_company(words)
+                    words[_TURN] = turn + 1  # who comes from here on may not be covered
+                    started, words[_GROUP] = time.perf_counter(), self.unsynced()
                     self.sync(now)
-            # Not queueing for the lock: one sync wakes all who wait, without a word.
-            pause = FIRST_LOOK
-            while not is_held and not self._is_synced(generation, position) and pause < LAST_LOOK:
-                time.sleep(pause)
-                pause *= 1.5
+                    words[_TOOK] = int((time.perf_counter() - started) * 1e6)
+                    words[_DONE] = turn + 1
+            finally:
+                relay.done(turn)
+
+    def _await_company(self, words: memoryview) -> None:
+        """Give those whom the last sync covered time to come back, where syncs take long.
+
+        Otherwise savers fall apart into two groups, each of which waits for the other's sync.
+        """
+        if words[_TOOK] > SLOW and self.unsynced() < words[_GROUP] / 2:
+            time.sleep(words[_TOOK] / 1e6 * COMPANY)
 
     def is_behind(self, now: float) -> bool:
         """Tell whether nobody has synced for so long that the saver has to."""
@@ -182,7 +214,7 @@ class Journal:
         words[_SYNCED + resting] = 0
         words[_POSITION + resting] = 0
 
-    def restart(self, generation: int, records: list[tuple[bytes, bytes]], now: float) -> None:
+    def restart(self, generation: int, records: Iterable[tuple[bytes, bytes]], now: float) -> None:
         """Begin anew with a log of these records alone, durable on return.
 
         For recovery: the old logs are good until the new one is in place.
@@ -193,13 +225,7 @@ class Journal:
         seed.unlink(missing_ok=True)
         descriptor = self._descriptor(seed)
         try:
-            salt = self._begin(descriptor, generation)
-            position = HEADER_SIZE
-            for name, data in records:
-                frame = log_file.encode(name, data, position, salt)
-                os.pwrite(descriptor, frame, position)
-                position += len(frame)
-            os.fsync(descriptor)
+            position = self._begin(descriptor, generation, records)
         finally:
             os.close(descriptor)
         seed.rename(path)
@@ -226,17 +252,28 @@ class Journal:
 
     # Inside
 
-    def _is_synced(self, generation: int, position: int) -> bool:
-        words = self._map_words()
-        return words[_GENERATION] > generation or words[_SYNCED + (generation & 1)] >= position
+    def _sync_file(self, descriptor: int, synced: int, position: int) -> None:
+        try:
+            os.fdatasync(descriptor)
+        except OSError as error:
+            # The kernel reports pages that it could not write once, and then takes them for
+            # written: they are written anew, so that the next sync means them.
+            os.pwrite(descriptor, os.pread(descriptor, position - synced, synced), synced)
+            raise JournalError(
+                f"The journal in {self.directory} cannot be synced: {error.strerror}. What was "
+                "saved is in memory; it is not safe from a crash of the host."
+            ) from error
 
-    def _begin(self, descriptor: int, generation: int) -> bytes:
-        """Give a log its space and its header; return the salt."""
+    def _begin(
+        self, descriptor: int, generation: int, records: Iterable[tuple[bytes, bytes]] = ()
+    ) -> int:
+        """Give a log its header, its first records and its space, on disk; return their end."""
         header = Header.new(generation, self.identity)
         try:
+            position = self._fill(descriptor, header.seed, records)
             # Zeros, not `fallocate`: the first write to blocks that were only reserved makes
             # each `fdatasync` one of the file's metadata, too, at several times its cost.
-            for offset in range(0, self._size, len(ZEROS)):
+            for offset in range(position, self._size, len(ZEROS)):
                 os.pwrite(descriptor, ZEROS[: self._size - offset], offset)
             os.pwrite(descriptor, header.encode(), 0)
             os.fsync(descriptor)
@@ -245,7 +282,20 @@ class Journal:
                 f"A log of {self._size >> 20} MiB cannot be made in {self.directory}: "
                 f"{error.strerror}. Make room, or see DEFERRED_SESSIONS['JOURNAL_DIRECTORY']."
             ) from error
-        return header.salt
+        return position
+
+    @staticmethod
+    def _fill(descriptor: int, seed: int, records: Iterable[tuple[bytes, bytes]]) -> int:
+        """Write records from the beginning, many at once; return where they end."""
+        position, start, frames = HEADER_SIZE, HEADER_SIZE, []
+        for name, data in records:
+            frames.append(log_file.encode(name, data, position, seed))
+            position += len(frames[-1])
+            if position - start >= len(ZEROS):
+                _write(descriptor, b"".join(frames), start)
+                start, frames = position, []
+        _write(descriptor, b"".join(frames), start)
+        return position
 
     def _open(self, generation: int) -> None:
         """Open both logs, unless they are open since that generation."""
@@ -259,7 +309,7 @@ class Journal:
         header = Header.decode(os.pread(self._descriptors[generation & 1], HEADER_SIZE, 0), path)
         if header is None or header.generation != generation:
             raise JournalError(f"{path} was exchanged while it was in use.")
-        self._salt, self._opened = header.salt, generation
+        self._seed, self._opened = header.seed, generation
 
     def _descriptor(self, path: Path) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -286,3 +336,9 @@ class Journal:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _write(descriptor: int, data: bytes, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

@@ -13,7 +13,6 @@ of an earlier use of the file nor one that a visitor put into a session can pass
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -55,6 +54,11 @@ class Header(NamedTuple):
         data = _HEADER.pack(MAGIC, FORMAT, *self)
         return (data + _CHECKSUM.pack(crc32(data))).ljust(HEADER_SIZE, b"\0")
 
+    @property
+    def seed(self) -> int:
+        """What the checksums of its frames begin with."""
+        return crc32(self.salt)
+
     @classmethod
     def decode(cls, data: bytes, path: Path) -> Header | None:
         """Return the header in `data`; None if the log was reset, or its making was cut short.
@@ -75,45 +79,42 @@ class Header(NamedTuple):
         return cls(*fields)
 
 
-class Frame(NamedTuple):
-    """A record in a log."""
-
-    key: str
-    data: bytes
-    """The record, encoded."""
-    end: int
-    """Where the next frame begins."""
-
-
 def digest(identity: str) -> bytes:
     """Return what stands for a project and database in a header."""
     return blake2b(identity.encode(), digest_size=32).digest()
 
 
-def encode(name: bytes, data: bytes, offset: int, salt: bytes) -> bytes:
+def encode(name: bytes, data: bytes, offset: int, seed: int) -> bytes:
     """Return the frame of a record that begins at `offset`."""
     length = len(name) + len(data)
     head = _HEAD.pack(START, OVERHEAD + length, length, offset, len(name))
-    body = head + name + data
-    return body + _TAIL.pack(crc32(body, crc32(salt)), END)
+    body = b"".join((head, name, data))
+    return body + _TAIL.pack(crc32(body, seed), END)
 
 
-def frames(log: bytes | mmap.mmap, salt: bytes) -> Iterator[Frame]:
-    """Yield the records of a log, up to the first frame that is not whole."""
-    position, seed = HEADER_SIZE, crc32(salt)
-    while position + OVERHEAD <= len(log):
-        start, size, length, offset, name_length = _HEAD.unpack_from(log, position)
+def frames(log: memoryview, seed: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the records of a log, up to the first frame that is not whole.
+
+    Of each: its name, and where its data begins and ends. Places, not records: a recovery
+    looks at a million of them.
+    """
+    position, limit = HEADER_SIZE, len(log)
+    head, tail = _HEAD.unpack_from, _TAIL.unpack_from
+    while position + OVERHEAD <= limit:
+        start, size, length, offset, name_length = head(log, position)
         end = position + size
         if (
-            (start, offset, size) != (START, position, OVERHEAD + length)
-            or end > len(log)
+            start != START
+            or offset != position
+            or size != OVERHEAD + length
+            or end > limit
             or name_length > length
         ):
             return
-        checksum, last = _TAIL.unpack_from(log, end - _TAIL.size)
-        body = log[position : end - _TAIL.size]
-        if last != END or crc32(body, seed) != checksum:
+        stop = end - _TAIL.size
+        checksum, last = tail(log, stop)
+        if last != END or crc32(log[position:stop], seed) != checksum:
             return
-        begin = _HEAD.size + name_length
-        yield Frame(str(body[_HEAD.size : begin], "ascii"), body[begin:], end)
+        begin = position + _HEAD.size + name_length
+        yield bytes(log[position + _HEAD.size : begin]), begin, stop
         position = end

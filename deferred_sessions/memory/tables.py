@@ -10,7 +10,7 @@ nobody who asked PostgreSQL before puts an older state in its place.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from operator import itemgetter
 from typing import Final, NamedTuple
@@ -21,6 +21,7 @@ from deferred_sessions.exceptions import RecordCorruptError, StoreFullError
 from deferred_sessions.memory import handing
 from deferred_sessions.memory.environment import Databases
 from deferred_sessions.record import (
+    CHANGED_AT,
     DIRTY,
     TOMBSTONE,
     Head,
@@ -29,6 +30,7 @@ from deferred_sessions.record import (
     decode_head,
     encode,
     encode_written,
+    is_tombstone,
 )
 
 Transition = Callable[[SessionRecord | None], SessionRecord | None]
@@ -113,7 +115,8 @@ def update(
         count_removal(txn, dbs)
     else:
         new_data = encode(after)
-        if not may_grow and (data is None or len(new_data) > len(data)):
+        # What becomes dirty takes some bytes more; there is room kept back for that.
+        if not may_grow and (before is None or len(after.payload) > len(before.payload)):
             raise StoreFullError(FULL)
         txn.put(name, new_data)
         if dbs.log is not None and after.flags & DIRTY:
@@ -186,6 +189,52 @@ def update_many(
     """Do `update` for each key, in the order of the keys, which is that of the pages."""
     for key, transition in sorted(transitions, key=itemgetter(0)):
         update(txn, dbs, key, transition, True)
+
+
+def restore(
+    txn: lmdb.Transaction, dbs: Databases, records: list[tuple[bytes, bytes]], now: float
+) -> None:
+    """Put records, by name and as `encode_recovered` made them at `now`, in order of names.
+
+    What is there already stays if it is the same version or a later one. In a new store,
+    and with names that grow from call to call, all is appended to full pages.
+    """
+    if not _is_behind(txn, dbs.records, records):
+        records = [each for each in records if _gives_way(txn, dbs, *each)]
+    due, used = _DUE.pack(_microseconds(now - 1.0)), _microseconds(now)
+    kinds = [_USED.pack(kind, used) for kind in (_SESSIONS, _TOMBSTONES)]
+    sessions, tombstones = (
+        [(kind + name, b"") for name, data in records if is_tombstone(data) is wanted]
+        for kind, wanted in zip(kinds, (False, True), strict=True)
+    )
+    for database, items in (
+        (dbs.records, records),
+        (dbs.due, [(due + name, data[CHANGED_AT]) for name, data in records]),
+        (dbs.used, sessions),
+        (dbs.used, tombstones),
+    ):
+        cursor = txn.cursor(database)
+        cursor.putmulti(items, append=_is_behind(txn, database, items))
+
+
+def _is_behind(
+    txn: lmdb.Transaction, database: lmdb._Database, items: list[tuple[bytes, bytes]]
+) -> bool:
+    """Tell whether all of `items`, which are in order, come after all that is there."""
+    cursor = txn.cursor(database)
+    return not items or not cursor.last() or bytes(cursor.key()) < items[0][0]
+
+
+def _gives_way(txn: lmdb.Transaction, dbs: Databases, name: bytes, data: bytes) -> bool:
+    """Take what is there of a session out of the indexes if `data` is later."""
+    known = txn.get(name)
+    if known is None:
+        return True
+    before, after = (decode(name.decode(), each) for each in (known, data))
+    if before.version >= after.version:
+        return False
+    _reindex(txn, dbs, before, None)
+    return True
 
 
 class Dirty(NamedTuple):
@@ -295,6 +344,12 @@ def clear(txn: lmdb.Transaction, dbs: Databases) -> None:
     for database in (dbs.records, dbs.due, dbs.used):
         txn.drop(database, delete=False)
     count_removal(txn, dbs)
+
+
+def dirty_names(txn: lmdb.Transaction, dbs: Databases) -> Iterator[bytes]:
+    """Yield the names of the dirty records, those first that are due first."""
+    for entry in txn.cursor(dbs.due).iternext(values=False):
+        yield bytes(entry[_DUE.size :])
 
 
 def oldest_change(txn: lmdb.Transaction, dbs: Databases) -> float | None:

@@ -6,6 +6,7 @@ reboot does to shared memory. (What was not synced by then is cut off in unit/te
 
 from __future__ import annotations
 
+import logging
 import random
 import shutil
 import signal
@@ -22,7 +23,11 @@ from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
 from tests.processes.conftest import Site, wait_until
 
+logger = logging.getLogger(__name__)  # its figures: pytest --log-cli-level=INFO
+
 WRITERS = 8
+LOAD = 10  # seconds
+LEAST_SWAPS = 8
 WRITE = """
 import sys
 import django; django.setup()
@@ -46,6 +51,34 @@ while True:
     print(runtime.store.journal.position()[0], flush=True)
     time.sleep(float(sys.argv[1]))
 """
+
+
+STOP = """
+import itertools, os, sys, time
+from pathlib import Path
+import django; django.setup()
+from deferred_sessions.memory import recovery
+from deferred_sessions.runtime import get_runtime
+recovery.PART = 1
+step, number, calls = sys.argv[1], int(sys.argv[2]), itertools.count(1)
+owner = {"restore": recovery.tables, "fsync": os, "rename": Path}[step]
+real = getattr(owner, step)
+def stop(*arguments):
+    if next(calls) == number:
+        print("stopped", flush=True)
+        time.sleep(60)
+    return real(*arguments)
+setattr(owner, step, stop)
+get_runtime().store.open()
+"""
+STEPS = (  # of a recovery, and at which of its calls it is killed
+    ("rename", 1),  # while the store is made
+    ("restore", 2),  # with one of four sessions in it
+    ("restore", 4),
+    ("fsync", 1),  # before the new log is on disk
+    ("rename", 1),  # before it is in its place
+    ("fsync", 2),  # after that
+)
 
 
 class Writers:
@@ -74,6 +107,14 @@ class Writers:
         lines = [output.read_bytes().rpartition(b"\n")[0].split() for output in self._outputs]
         return [int(each[-1]) if each else 0 for each in lines]
 
+    def wait_for(self, saves: int) -> None:
+        """Return when each has acknowledged so many more."""
+        goal = [number + saves for number in self.acknowledged()]
+        wait_until(
+            lambda: all(now >= then for now, then in zip(self.acknowledged(), goal, strict=True)),
+            what="saves",
+        )
+
     def kill(self) -> None:
         for process in self._processes:
             process.kill()
@@ -99,10 +140,13 @@ def lose_power(site: Site) -> Runtime:
 
 
 def assert_nothing_is_lost(writers: Writers) -> None:
-    for key, acknowledged in zip(writers.keys, writers.acknowledged(), strict=True):
+    told, found = writers.acknowledged(), []
+    for key, acknowledged in zip(writers.keys, told, strict=True):
         session = SessionStore(key)
+        found.append(session["n"])
         assert acknowledged <= session["n"] <= acknowledged + 1
         assert session.get("ballast", "") == "x" * (session["n"] % 3000)
+    logger.info("%d saves acknowledged, %d found, none lost or torn", sum(told), sum(found))
 
 
 def test_d01_writers_are_killed_and_power_is_lost(
@@ -111,10 +155,9 @@ def test_d01_writers_are_killed_and_power_is_lost(
     """Five times over; in the end everything is in PostgreSQL."""
     site = journaled()
     writers = Writers(site, tmp_path, 3)
-    for turn in range(1, 6):
-        goal = turn * 20
+    for _ in range(5):
         writers.start()
-        wait_until(lambda goal=goal: min(writers.acknowledged()) >= goal, what="saves")
+        writers.wait_for(20)
         writers.kill()
         lose_power(site)
         assert_nothing_is_lost(writers)
@@ -126,7 +169,7 @@ def test_d01_writers_are_killed_and_power_is_lost(
 
 
 def test_d04_swaps_under_load(journaled: Callable[..., Site], tmp_path: Path) -> None:
-    """Eight writers; logs of 1 MiB are swapped, flushed and reset all the time."""
+    """Eight writers for ten seconds; logs of 1 MiB are swapped, flushed and reset all the time."""
     site = journaled(SYNC_INTERVAL=0.01)
     writers = Writers(site, tmp_path, WRITERS)
     output = tmp_path / "keeper"
@@ -138,7 +181,9 @@ def test_d04_swaps_under_load(journaled: Callable[..., Site], tmp_path: Path) ->
         lines = output.read_bytes().rpartition(b"\n")[0].split()
         return int(lines[-1]) if lines else 0
 
-    wait_until(lambda: swaps() >= 8, what="eight swaps")
+    end = time.monotonic() + LOAD
+    wait_until(lambda: time.monotonic() >= end and swaps() >= LEAST_SWAPS, what="swaps")
+    logger.info("%d swaps", swaps())
     keeper.kill()
     writers.kill()
     lose_power(site)
@@ -153,12 +198,11 @@ def test_the_keeper_is_killed_in_mid_swap_and_mid_reset(
     writers = Writers(site, tmp_path, 2)
     chance = random.Random(5)
     for turn in range(1, 9):
-        goal = turn * 15
         writers.start()
         keeper = site.start("-c", KEEP, "0", stdout=subprocess.PIPE, kill=True)
         assert keeper.stdout is not None
         keeper.stdout.readline()
-        wait_until(lambda goal=goal: min(writers.acknowledged()) >= goal, what="saves")
+        writers.wait_for(15)
         time.sleep(chance.uniform(0, 0.02))
         keeper.kill()
         keeper.wait()
@@ -171,7 +215,7 @@ def test_the_keeper_is_killed_in_mid_swap_and_mid_reset(
 
 
 def test_a_recovery_that_is_killed(journaled: Callable[..., Site], tmp_path: Path) -> None:
-    """kill -9 in the middle, again and again; then it ends as if nothing had been."""
+    """kill -9 at each of its steps, one after the other; it ends as if nothing had been."""
     site = journaled()
     writers = Writers(site, tmp_path, 4)
     writers.start()
@@ -179,23 +223,14 @@ def test_a_recovery_that_is_killed(journaled: Callable[..., Site], tmp_path: Pat
     writers.kill()
     reset_runtime()
     shutil.rmtree(site.directory)
-    chance = random.Random(3)
-    for _ in range(6):
-        process = site.start(
-            *("-c", "import django; django.setup(); print('go', flush=True)\n" + OPEN),
-            stdout=subprocess.PIPE,
-            kill=True,
-        )
+    for step, number in STEPS:
+        process = site.start("-c", STOP, step, str(number), stdout=subprocess.PIPE, kill=True)
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(chance.uniform(0, 0.01))
+        assert process.stdout.readline() == b"stopped\n"
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
     assert_nothing_is_lost(writers)
-
-
-OPEN = "from deferred_sessions.runtime import get_runtime; get_runtime().store.open()"
 
 
 def test_a_save_on_disk_is_shared_by_savers(journaled: Callable[..., Site], tmp_path: Path) -> None:

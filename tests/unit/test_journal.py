@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deferred_sessions import lifecycle
-from deferred_sessions.exceptions import JournalError, StoreFullError
+from deferred_sessions.exceptions import JournalError, StoreFullError, StoreUnavailableError
 from deferred_sessions.memory import log_file, recovery
 from deferred_sessions.memory.journal import LOGS, Journal
 from deferred_sessions.memory.log_file import HEADER_SIZE, Header
@@ -23,6 +27,8 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.record import SessionRecord
 from tests.unit import records
 from tests.unit.records import POLICY, key, save
+
+logger = logging.getLogger(__name__)  # its figures: pytest --log-cli-level=INFO
 
 NOW = time.time()
 MIB = 1 << 20
@@ -60,7 +66,7 @@ class Host:
     def active(self) -> Path:
         return self.logs / LOGS[self.journal.position()[0] & 1]
 
-    def _start(self) -> HostStore:
+    def _start(self, *, store_size: int = 8 * MIB) -> HostStore:
         journal = Journal(
             self.logs,
             store=self.place / "store",
@@ -69,7 +75,7 @@ class Host:
             identity=self.identity,
         )
         store = HostStore(
-            self.place / "store", size=8 * MIB, identity=self.identity, journal=journal
+            self.place / "store", size=store_size, identity=self.identity, journal=journal
         )
         store.open()
         return store
@@ -92,12 +98,13 @@ def put(store: HostStore, key: str, *, at: float = NOW, **options: Any) -> Sessi
 def log_of(*records: tuple[bytes, bytes]) -> bytes:
     log = Header(1, SALT, b"i" * 32).encode()
     for name, data in records:
-        log += log_file.encode(name, data, len(log), SALT)
+        log += log_file.encode(name, data, len(log), crc32(SALT))
     return log
 
 
 def read(log: bytes) -> list[tuple[bytes, bytes]]:
-    return [(frame.key.encode(), frame.data) for frame in log_file.frames(log, SALT)]
+    found = log_file.frames(memoryview(log), crc32(SALT))
+    return [(name, log[start:stop]) for name, start, stop in found]
 
 
 def test_d09_a_log_is_read_as_it_was_written() -> None:
@@ -134,7 +141,7 @@ def test_d09_a_flipped_bit_is_found(place: int, bit: int, count: int) -> None:
 def test_a_frame_within_a_session_is_not_one() -> None:
     """A visitor who knows the format does not know the salt."""
     at = HEADER_SIZE + 40
-    forged = log_file.encode(b"v" * 32, b"forged", at, b"guess" * 3 + b"x")
+    forged = log_file.encode(b"v" * 32, b"forged", at, crc32(b"guess" * 3 + b"x"))
     log = log_of((b"a" * 32, forged))
     assert read(log[:HEADER_SIZE] + log[at:]) == []
     assert [name for name, _ in read(log)] == [b"a" * 32]
@@ -229,9 +236,12 @@ def test_a_log_cut_at_every_offset_of_its_last_records(host: Host, tmp_path: Pat
     states = [f"state {number}".encode() for number in range(6)]
     for cut in range(synced, end + 1):
         found = recovery.read(_journal_of(tmp_path / str(cut), path.name, whole[:cut]))
-        (data,) = found.newest.values()
+        (name,) = found.newest
+        data = bytes(found.data(name))
+        # The last one synced is number 2; what the cut left whole of the rest is there.
         assert any(data.endswith(state) for state in states[2:])
     assert data.endswith(b"state 5")
+    logger.info("cut at %d offsets: what was synced is there, nothing is torn", end + 1 - synced)
 
 
 def _journal_of(place: Path, name: str, log: bytes) -> Journal:
@@ -265,14 +275,14 @@ def _break(patch: pytest.MonkeyPatch, step: str) -> None:
         raise KeyboardInterrupt
 
     if step == "put":
-        real, calls = recovery.tables.update_many, iter(range(9))
+        real, calls = recovery.tables.restore, iter(range(9))
 
-        def update_many(*arguments: object) -> None:
+        def restore(*arguments: object) -> None:
             if next(calls) == 1:
                 die()
             real(*arguments)  # type: ignore[arg-type]
 
-        patch.setattr(recovery.tables, "update_many", update_many)
+        patch.setattr(recovery.tables, "restore", restore)
     elif step == "_begin":
         patch.setattr(Journal, "_begin", die)
     elif step == "fsync":
@@ -296,6 +306,52 @@ def test_a_store_that_gets_a_journal_later(tmp_path: Path) -> None:
     host = Host(tmp_path)
     host.lose_power()
     assert host.records()[key(1)].payload == b"early"
+    host.store.close()
+
+
+def test_a_store_that_gets_a_journal_back(host: Host) -> None:
+    """What the old logs have is put where it is later than what memory has, in its place too."""
+    for number in (1, 3, 5):
+        put(host.store, key(number), payload=b"logged")
+    save(host.store, key(3), b"logged later", at=NOW)
+    host.store.bury(key(5), lambda r: r and lifecycle.deleted(r, r.key, now=NOW, policy=POLICY))
+    host.store.close()
+    shutil.rmtree(host.place / "store")
+    plain = HostStore(host.place / "store", size=8 * MIB, identity="tests")
+    for number in (1, 2, 3, 4, 5):
+        put(plain, key(number), payload=b"in memory", clean=number > 2)
+    save(plain, key(1), b"in memory, later", at=NOW)
+    plain.close()
+
+    host.store = host._start()
+    found = {k: (r.payload, r.is_dirty, r.is_tombstone) for k, r in host.records().items()}
+    assert found == {
+        key(1): (b"in memory, later", True, False),
+        key(2): (b"in memory", True, False),
+        key(3): (b"logged later", True, False),
+        key(4): (b"in memory", False, False),
+        key(5): (b"", True, True),
+    }
+    due = host.store.due(2**40, limit=9)
+    assert [dirty.key for dirty in due] == [key(1), key(2), key(3), key(5)]
+    assert host.store.clean_many(due, NOW) == []
+    assert host.store.status().dirty == 0
+    assert host.store.evict(9) == 5
+    assert host.store.status().records == 0
+    assert host.store.evict(9) == 0
+
+
+def test_a_journal_that_does_not_fit_into_the_store(tmp_path: Path) -> None:
+    """A clear error; with a larger store all is there."""
+    host = Host(tmp_path, size=4 * MIB)
+    for number in range(3000):
+        put(host.store, key(number), payload=b"x" * 1000)
+    host.store.close()
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(StoreUnavailableError, match="has 3000 sessions, more than .*STORE_SIZE"):
+        host._start(store_size=4 * MIB)
+    host.store = host._start()
+    assert len(host.records()) == 3000
     host.store.close()
 
 
@@ -416,11 +472,90 @@ def test_a_sync_tells_what_a_power_loss_would_take(host: Host) -> None:
     assert host.journal.unsynced() == 0
 
 
+def test_savers_who_wait_share_a_sync(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes while a sync is under way is covered by the next; one is enough for all."""
+    put(host.store, key(0))
+    real, calls = os.fdatasync, itertools.count(1)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def fdatasync(descriptor: int) -> None:
+        number = next(calls)
+        begun.set()
+        assert number > 1 or may_end.wait(30)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    savers = [threading.Thread(target=host.journal.wait, args=(NOW,)) for _ in range(9)]
+    savers[0].start()
+    assert begun.wait(30)
+    put(host.store, key(1))
+    for saver in savers[1:]:
+        saver.start()
+    may_end.set()
+    for saver in savers:
+        saver.join(30)
+    assert host.journal.unsynced() == 0
+    assert next(calls) == 3
+
+
+def test_a_saver_who_dies_in_a_sync_holds_nobody_up(host: Host) -> None:
+    """kill -9 in the middle of the sync that others wait for: one of them does it."""
+    put(host.store, key(1))
+    begun = FORK.Event()
+
+    def die_in_a_sync() -> None:
+        def fdatasync(_: int) -> None:
+            begun.set()
+            time.sleep(60)
+
+        os.fdatasync = fdatasync
+        host.journal.wait(NOW)
+
+    leader = FORK.Process(target=die_in_a_sync)
+    leader.start()
+    assert begun.wait(30)
+    savers = [threading.Thread(target=host.journal.wait, args=(NOW,)) for _ in range(3)]
+    for saver in savers:
+        saver.start()
+    assert all(saver.is_alive() for saver in savers)
+    leader.kill()
+    for saver in savers:
+        saver.join(30)
+    assert not any(saver.is_alive() for saver in savers)
+    assert host.journal.unsynced() == 0
+    leader.join(30)
+
+
+def test_a_disk_that_fails_to_sync(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits is told; the kernel would take the pages for written, so they are written anew."""
+    put(host.store, key(1))
+    real, calls, written = os.pwrite, itertools.count(1), []
+
+    def fail_once(_: int) -> None:
+        if next(calls) == 1:
+            raise OSError(5, "Input/output error")
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        written.append(bytes(data))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    lost = host.journal.unsynced()
+    with pytest.raises(JournalError, match=r"cannot be synced: Input/output error"):
+        host.journal.wait(NOW)
+    assert host.journal.unsynced() == lost == len(written[0])
+    host.journal.wait(NOW)
+    assert host.journal.unsynced() == 0
+    host.lose_power()
+    assert set(host.records()) == {key(1)}
+
+
 def test_a_disk_without_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
 
     def full(descriptor: int, data: bytes, offset: int) -> int:
-        if len(data) == MIB:
+        if len(data) > MIB // 2:
             raise OSError(28, "No space left on device")
         return real(descriptor, data, offset)
 

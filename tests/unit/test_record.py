@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import (
     CHANGED,
+    CHANGED_AT,
     FORMAT,
     TOMBSTONE,
     TOUCHED,
@@ -22,14 +24,20 @@ from deferred_sessions.record import (
     decode,
     decode_head,
     encode,
+    encode_recovered,
     encode_written,
+    is_tombstone,
     split_rests,
+    version_of,
 )
 
 times = st.floats(min_value=0, max_value=4e9)
 counts = st.integers(min_value=0, max_value=2**32 - 1)
 numbers = st.integers(min_value=0, max_value=2**64 - 1)
-records = st.builds(
+_CLEAN = SessionRecord(
+    "k" * 32, b"{}", "", 0, 0, 0, 1, 1, 0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 1.0, 1.0
+)
+anything = st.builds(
     SessionRecord,
     key=st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=8, max_size=40),
     payload=st.binary(max_size=500),
@@ -48,6 +56,25 @@ records = st.builds(
     due_at=times,
     used_at=times,
     entered_at=times,
+)
+
+
+clean = st.builds(
+    lambda record: record._replace(
+        flags=record.flags & TOMBSTONE,
+        updates=0,
+        requests=0,
+        stored_version=record.version,
+        stored_expires_at=record.expires_at,
+        changed_at=0.0,
+        due_at=0.0,
+    ),
+    anything,
+)
+records = st.one_of(
+    anything,
+    clean,
+    st.builds(lambda r: r._replace(version=7, stored_version=7, fence=1), clean),
 )
 
 
@@ -84,6 +111,33 @@ def test_written_bytes_are_those_of_the_written_record(record: SessionRecord) ->
     assert decode(record.key, encode_written(data, decode_head(data), 123.0)) == expected
 
 
+@given(records, st.booleans())
+def test_recovered_bytes_are_those_of_the_recovered_record(
+    record: SessionRecord, is_changed: bool
+) -> None:
+    """The shortcut of a recovery does what `lifecycle.recovered` does."""
+    flags, changed_at = record.flags | TOUCHED, record.changed_at if is_changed else 0.0
+    record = record._replace(flags=flags, changed_at=changed_at)
+    now = 2e9
+
+    data = encode_recovered(memoryview(encode(record)), now)
+
+    if record.expires_at <= now and not record.is_tombstone:
+        assert data is None
+        return
+    assert data is not None
+    assert decode(record.key, data) == lifecycle.recovered(record, now=now)
+    assert version_of(memoryview(b"xx" + data), 2, 2 + len(data)) == record.version
+    assert is_tombstone(data) == record.is_tombstone
+    assert struct.unpack("<d", data[CHANGED_AT]) == (record.changed_at or now,)
+
+
+@pytest.mark.parametrize("data", [b"", encode(_CLEAN), bytes([FORMAT + 1]) * 200])
+def test_only_dirty_records_are_recovered(data: bytes) -> None:
+    with pytest.raises(RecordCorruptError, match="A record of layout"):
+        version_of(memoryview(data), 0, len(data))
+
+
 @given(records, st.data())
 def test_cut_bytes_are_refused(record: SessionRecord, data: st.DataObject) -> None:
     """A record that is cut short in its fixed part or its user id is not taken for one."""
@@ -98,20 +152,35 @@ def test_unknown_layout_is_refused() -> None:
     """A record of a later release says so instead of being misread."""
     data = bytes([FORMAT + 1]) + bytes(200)
 
-    with pytest.raises(RecordCorruptError, match="layout 3 is unknown"):
+    with pytest.raises(RecordCorruptError, match="layout 4 is unknown"):
         decode("somekey1", data)
 
 
 def test_versions_do_not_wrap() -> None:
     """Trap 11: versions have 64 bits."""
     big = 2**64 - 1
-    record = _record()._replace(version=big, stored_version=big, fence=big)
+    record = _CLEAN._replace(version=big, stored_version=big, fence=big)
 
     assert decode(record.key, encode(record)).version == big
 
 
+def test_a_clean_record_is_short() -> None:
+    """Half as much for what nearly all of memory is; whatever does not fit is as any other."""
+    clean = _CLEAN
+    assert len(encode(clean)) == 52 + len(clean.payload)
+    for other in (
+        clean._replace(flags=TOUCHED),
+        clean._replace(requests=1),
+        clean._replace(stored_expires_at=1.5),
+        clean._replace(version=2**32, stored_version=2**32),
+        clean._replace(user_id="u" * 256),
+    ):
+        assert len(encode(other)) == 100 + len(clean.payload) + len(other.user_id)
+        assert decode(other.key, encode(other)) == other
+
+
 def test_flags_are_told_apart() -> None:
-    clean = _record()
+    clean = _CLEAN
 
     assert not clean.is_dirty
     assert clean._replace(flags=TOUCHED).is_dirty
@@ -126,19 +195,10 @@ def test_errors_have_one_root() -> None:
     assert issubclass(RecordCorruptError, ValueError)
 
 
-def _record() -> SessionRecord:
-    return SessionRecord(
-        "k" * 32, b"{}", "", 0, 0, 0, 1, 1, 0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0, 1.0, 1.0
-    )
-
-
 def test_the_layout_has_its_number() -> None:
     """Whoever changes the layout must raise FORMAT, or old stores are misread."""
-    assert (FORMAT, record_module._HEADER.format, record_module._HEADER.size) == (
-        2,
-        "<BHBIIQQQdddddddd",
-        100,
-    )
+    layouts = [(each.format, each.size) for each in (record_module._HEADER, record_module._SHORT)]
+    assert (FORMAT, layouts) == (3, [("<BHBIIQQQdddddddd", 100), ("<BBBxIIddddd", 52)])
 
 
 @given(records)
