@@ -8,19 +8,41 @@ death of any process; nobody puts the session back meanwhile, nor what was read 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Final
 from zlib import crc32
 
 import lmdb
 
+from deferred_sessions.memory import indexes
 from deferred_sessions.memory.environment import Databases
-from deferred_sessions.record import DIRTY, decode_head
+from deferred_sessions.record import DIRTY, decode, decode_head
 
 _MARK: Final = b"handing:"  # note: the fence of the lease that is being given up
 _COUNT: Final = b"handed:"  # note: sessions handed over, for one of 256 groups of keys
 _FENCE: Final = struct.Struct("<q")
+
+
+def hand_over(
+    txn: lmdb.Transaction, dbs: Databases, leases: Mapping[str, int], entered_before: float
+) -> list[str]:
+    """Remove the records of `leases` (fences by key) that may go, and mark their keys.
+
+    Returns these keys. Others are dirty, or were loaded since `entered_before`.
+    """
+    gone: list[str] = []
+    for key, fence in sorted(leases.items()):
+        name = key.encode()
+        data = bytes(txn.get(name, b""))
+        if not _may_go(data, entered_before):
+            continue
+        if data:
+            indexes.reindex(txn, dbs, decode(key, data), None)
+            txn.delete(name)
+        mark(txn, dbs, key, fence)
+        gone.append(key)
+    return gone
 
 
 def mark(txn: lmdb.Transaction, dbs: Databases, key: str, fence: int) -> None:
@@ -63,7 +85,7 @@ def count(txn: lmdb.Transaction, dbs: Databases, key: str) -> None:
     txn.put(_group(key), number.to_bytes(8, "little"), db=dbs.notes)
 
 
-def may_go(data: bytes, entered_before: float) -> bool:
+def _may_go(data: bytes, entered_before: float) -> bool:
     """Tell whether a record, as it is stored, is clean and was not loaded just now."""
     if not data:
         return True  # it has been evicted

@@ -12,40 +12,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar, TypeVarTuple
+from typing import Final
 
-import lmdb
-
-from deferred_sessions.exceptions import StoreFullError, StoreUnavailableError
 from deferred_sessions.lifecycle import TOMBSTONE_LIFETIME
 from deferred_sessions.memory import handing, tables
 from deferred_sessions.memory.directory import PAGE, other_owners
 from deferred_sessions.memory.environment import Databases, Log, MappedFile
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.recovery import recover_if_new
-from deferred_sessions.memory.tables import Change, Dirty, StoreStatus, Transition
+from deferred_sessions.memory.tables import Change, Dirty, Transition
+from deferred_sessions.memory.transactions import BATCH, Transactions
 from deferred_sessions.record import Head, SessionRecord
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
-Work = Callable[[lmdb.Transaction, Databases, *Ts], T]
-
 HIGH_WATER: Final = 0.85  # share of the map in use above which sessions are evicted
 CROWDED_WATER: Final = 0.75  # and above which it matters that most of them are dirty
-FULL_WATER: Final = 0.92  # and above which nothing may grow: to remove takes pages, too
 LOOK_SHARE: Final = 1 / 1024  # of the map: how much a process writes between two looks
-PAUSES: Final = (0.0, 0.001, 0.004, 0.016, 0.064)  # seconds between tries for room
-PAGES_BESIDE: Final = 4  # of the indexes, written along with a record's own
-SHARES: Final = 4  # of the room that is left; a transaction takes one
-BATCH: Final = 256  # records per transaction, so that other writers wait < 1 ms
 
 
-class HostStore:
+class HostStore(Transactions):
     """Records by session key, with an index by due time and one by last use.
 
     The constructor does no I/O; the map is opened by the first use in each process.
@@ -55,12 +44,10 @@ class HostStore:
         self, directory: Path, *, size: int, identity: str, journal: Journal | None = None
     ) -> None:
         self.directory = directory
-        self.on_evicted: Callable[[int], object] = lambda _: None
-        """Called with a number after that many sessions were evicted."""
         self.journal = journal
         """Where changes go that a crash of the host must not take, or None."""
         recover = None if journal is None else partial(_recovered, journal)
-        self._file = MappedFile(directory, size=size, identity=identity, recover=recover)
+        super().__init__(MappedFile(directory, size=size, identity=identity, recover=recover))
         self._look_after = size * LOOK_SHARE
         self._written = 0  # bytes, roughly, since the last look at the level of the map
         self._may_grow = True
@@ -234,7 +221,7 @@ class HostStore:
         Stays what is dirty and what entered memory since `entered_before`: whoever has just
         loaded it shall get to use it. What is gone cannot come back before `handed_over`.
         """
-        return self._write(tables.hand_over, leases, entered_before)
+        return self._write(handing.hand_over, leases, entered_before)
 
     def handed_over(self, keys: Sequence[str]) -> None:
         """PostgreSQL has passed on the leases of these keys."""
@@ -287,10 +274,6 @@ class HostStore:
         """Remove every record. For tests: what was dirty is lost."""
         self._write(tables.clear)
 
-    def status(self) -> StoreStatus:
-        """Return the figures of the store; costs microseconds."""
-        return self._read(tables.status)
-
     def oldest_change(self) -> float | None:
         """Return the time of the oldest payload change PostgreSQL lacks, or None.
 
@@ -308,71 +291,6 @@ class HostStore:
         """Leave `value` under `name` for the processes of this host."""
         self._write(tables.set_note, name, value)
 
-    # Transactions
-
-    def _read(self, work: Work[*Ts, T], *args: *Ts) -> T:
-        while True:
-            dbs = self._file.databases or self._file.open()
-            try:
-                return _transact(dbs, False, work, *args)
-            except lmdb.Error as error:
-                self._cure(dbs, error)
-
-    def _write(self, work: Work[*Ts, T], *args: *Ts) -> T:
-        pauses = iter(PAUSES)
-        while True:
-            dbs = self._file.databases or self._file.open()
-            try:
-                with self._file.writing:
-                    return _transact(dbs, True, work, *args)
-            except lmdb.MapFullError as error:
-                if not self._make_room() and self._is_full():
-                    raise StoreFullError(tables.FULL) from error
-                self._wait_for_readers(next(pauses, None), error)
-            except lmdb.Error as error:
-                self._cure(dbs, error)
-
-    def _in_parts(self, items: Sequence[T], work: Callable[[Sequence[T]], object]) -> None:
-        """Do `work` on parts of `items`; on smaller ones where the room for them is short.
-
-        LMDB writes changed pages to new places, and uses the old ones again only after one
-        more transaction: so none may take more than a part of the pages that are left.
-        """
-        start = 0
-        while start < len(items):
-            status = self.status()
-            left = (status.size - status.used) // PAGE
-            each = PAGES_BESIDE + status.used // PAGE // max(1, status.records)
-            count = max(1, min(BATCH, left // (SHARES * each)))
-            work(items[start : start + count])
-            start += count
-
-    def _cure(self, dbs: Databases, error: lmdb.Error) -> None:
-        """Return if trying again may help: closed for a fork, or readers were killed."""
-        # The traceback knows the transaction, and as long as anybody does, whoever
-        # closes the map waits for it: let go before waiting for the map ourselves.
-        error.with_traceback(None)
-        if self._file.databases is not dbs:
-            return
-        if isinstance(error, lmdb.ReadersFullError) and dbs.env.reader_check():
-            return
-        raise StoreUnavailableError(
-            f"The session store in {self.directory} failed: {error}"
-        ) from error
-
-    def _is_full(self) -> bool:
-        status = self.status()
-        return status.used > FULL_WATER * status.size
-
-    def _wait_for_readers(self, pause: float | None, error: lmdb.Error) -> None:
-        """Give slow readers time to let go of the pages that were replaced meanwhile."""
-        if pause is None:
-            raise StoreFullError(
-                "A process that reads the session store holds on to replaced pages; is "
-                "one of this host's processes stopped?"
-            ) from error
-        time.sleep(pause)
-
     def _look(self) -> None:
         """Look at the level of the map; evict a little if it is high, stop growth if full."""
         self._written = 0
@@ -381,34 +299,8 @@ class HostStore:
             self._make_room()
         self._may_grow = not self._is_full()
 
-    def _make_room(self) -> bool:
-        """Evict a batch of clean sessions; return whether anything was gained."""
-        dbs = self._file.databases or self._file.open()
-        gained = dbs.env.reader_check() > 0  # a killed reader pins replaced pages
-        batch = BATCH
-        while batch:
-            try:
-                with self._file.writing:
-                    evicted = _transact(dbs, True, tables.evict, batch)
-            except lmdb.MapFullError:
-                batch //= 4  # removing takes pages too: try fewer
-            except lmdb.Error as error:
-                self._cure(dbs, error)
-                dbs = self._file.open()
-            else:
-                self.on_evicted(evicted)
-                return evicted > 0 or gained
-        return gained
-
 
 def _recovered(journal: Journal, dbs: Databases) -> Log:
     """Have in the store what its journal has; return what logs its changes."""
     recover_if_new(journal, dbs, time.time())
     return journal.append
-
-
-def _transact(dbs: Databases, write: bool, work: Work[*Ts, T], *args: *Ts) -> T:
-    # By position (database, parent, write, buffers), because by name the arguments cost
-    # as much as a read.
-    with dbs.env.begin(dbs.records, None, write) as txn:
-        return work(txn, dbs, *args)

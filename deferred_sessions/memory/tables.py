@@ -9,21 +9,18 @@ nobody who asked PostgreSQL before puts an older state in its place.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import Final, NamedTuple
 
 import lmdb
 
 from deferred_sessions.exceptions import RecordCorruptError, StoreFullError
-from deferred_sessions.memory import handing
+from deferred_sessions.memory import handing, indexes
 from deferred_sessions.memory.environment import Databases
 from deferred_sessions.record import (
     CHANGED_AT,
     DIRTY,
-    TOMBSTONE,
     Head,
     SessionRecord,
     decode,
@@ -40,11 +37,6 @@ FULL: Final = (
     "The session store is full of changes that PostgreSQL does not have yet. Is the "
     "flusher running? Otherwise raise DEFERRED_SESSIONS['STORE_SIZE']."
 )
-_DUE: Final = struct.Struct(">Q")  # microseconds; big-endian sorts by time
-_USED: Final = struct.Struct(">BQ")  # kind, microseconds
-_SINCE: Final = struct.Struct("<d")
-_TOMBSTONES, _SESSIONS = 0, 1  # kinds of the used index
-_FAR: Final = 1e12  # seconds
 _PATIENCE: Final = 8  # dirty sessions that eviction looks past for each it wants
 _REMOVALS: Final = b"removals"  # note: transactions that removed something, 64 bits
 MAX_BATCH: Final = 8 << 20  # bytes of records at once: a flush must fit into memory
@@ -92,7 +84,7 @@ def look(
 
 def page(txn: lmdb.Transaction, dbs: Databases, after: str, limit: int) -> list[SessionRecord]:
     """Return the `limit` records that follow the key `after`."""
-    names = _entries(txn, dbs.records, after.encode() + b"\0", limit)
+    names = indexes.entries(txn, dbs.records, after.encode() + b"\0", limit)
     return [decode(name.decode(), txn.get(name, b"")) for name in names]
 
 
@@ -121,8 +113,8 @@ def update(
         txn.put(name, new_data)
         if dbs.log is not None and after.flags & DIRTY:
             dbs.log(name, new_data)
-    if before is None or after is None or _has_moved(before, after):
-        _reindex(txn, dbs, before, after)
+    if before is None or after is None or indexes.has_moved(before, after):
+        indexes.reindex(txn, dbs, before, after)
     return before, after
 
 
@@ -155,27 +147,6 @@ def removals(txn: lmdb.Transaction, dbs: Databases, key: str) -> bytes:
     return bytes(txn.get(_REMOVALS, b"", dbs.notes)) + handing.counted(txn, dbs, key)
 
 
-def hand_over(
-    txn: lmdb.Transaction, dbs: Databases, leases: Mapping[str, int], entered_before: float
-) -> list[str]:
-    """Remove the records of `leases` (fences by key) that may go, and mark their keys.
-
-    Returns these keys. Others are dirty, or were loaded since `entered_before`.
-    """
-    gone: list[str] = []
-    for key, fence in sorted(leases.items()):
-        name = key.encode()
-        data = bytes(txn.get(name, b""))
-        if not handing.may_go(data, entered_before):
-            continue
-        if data:
-            _reindex(txn, dbs, decode(key, data), None)
-            txn.delete(name)
-        handing.mark(txn, dbs, key, fence)
-        gone.append(key)
-    return gone
-
-
 def count_removal(txn: lmdb.Transaction, dbs: Databases) -> None:
     """Count a transaction that removes records."""
     known = int.from_bytes(txn.get(_REMOVALS, b"", dbs.notes), "little")
@@ -201,8 +172,8 @@ def restore(
     """
     if not _is_behind(txn, dbs.records, records):
         records = [each for each in records if _gives_way(txn, dbs, *each)]
-    due, used = _DUE.pack(_microseconds(now - 1.0)), _microseconds(now)
-    kinds = [_USED.pack(kind, used) for kind in (_SESSIONS, _TOMBSTONES)]
+    due, used = indexes.DUE.pack(indexes.microseconds(now - 1.0)), indexes.microseconds(now)
+    kinds = [indexes.USED.pack(kind, used) for kind in (indexes.SESSIONS, indexes.TOMBSTONES)]
     sessions, tombstones = (
         [(kind + name, b"") for name, data in records if is_tombstone(data) is wanted]
         for kind, wanted in zip(kinds, (False, True), strict=True)
@@ -233,7 +204,7 @@ def _gives_way(txn: lmdb.Transaction, dbs: Databases, name: bytes, data: bytes) 
     before, after = (decode(name.decode(), each) for each in (known, data))
     if before.version >= after.version:
         return False
-    _reindex(txn, dbs, before, None)
+    indexes.reindex(txn, dbs, before, None)
     return True
 
 
@@ -254,7 +225,9 @@ class Dirty(NamedTuple):
     def of(cls, record: SessionRecord) -> Dirty:
         """Return `record` as if it had been found."""
         data = encode(record)
-        return cls(record.key, decode_head(data), data, _due_entry(record.due_at, record.key))
+        return cls(
+            record.key, decode_head(data), data, indexes.due_entry(record.due_at, record.key)
+        )
 
     @property
     def record(self) -> SessionRecord:
@@ -272,12 +245,12 @@ def due(
     """
     found: list[Dirty] = []
     unreadable: list[bytes] = []
-    end = _DUE.pack(_microseconds(now)) + b"\xff"
+    end = indexes.DUE.pack(indexes.microseconds(now)) + b"\xff"
     room = MAX_BATCH
-    for entry in _entries(txn, dbs.due, after + b"\0", limit):
+    for entry in indexes.entries(txn, dbs.due, after + b"\0", limit):
         if entry > end or room <= 0:
             break
-        name = entry[_DUE.size :]
+        name = entry[indexes.DUE.size :]
         data = bytes(txn.get(name, b""))
         room -= len(data)
         try:
@@ -293,7 +266,7 @@ def find(txn: lmdb.Transaction, _dbs: Databases, keys: Iterable[str]) -> list[Di
     for key in keys:
         data = bytes(txn.get(key.encode(), b""))
         if data and (head := decode_head(data)).flags & DIRTY:
-            found.append(Dirty(key, head, data, _due_entry(head.due_at, key)))
+            found.append(Dirty(key, head, data, indexes.due_entry(head.due_at, key)))
     return found
 
 
@@ -324,9 +297,9 @@ def take_out(txn: lmdb.Transaction, dbs: Databases, entries: Iterable[bytes]) ->
 def evict(txn: lmdb.Transaction, dbs: Databases, count: int) -> int:
     """Remove up to `count` clean records: tombstones, then sessions not used for longest."""
     forgotten = 0
-    for kind in (_TOMBSTONES, _SESSIONS):
-        start, end = _USED.pack(kind, 0), _USED.pack(kind + 1, 0)
-        candidates = _entries(txn, dbs.used, start, (count - forgotten) * _PATIENCE)
+    for kind in (indexes.TOMBSTONES, indexes.SESSIONS):
+        start, end = indexes.USED.pack(kind, 0), indexes.USED.pack(kind + 1, 0)
+        candidates = indexes.entries(txn, dbs.used, start, (count - forgotten) * _PATIENCE)
         its_own = [entry for entry in candidates if entry < end]
         forgotten += _forget(txn, dbs, its_own, count - forgotten)
     return forgotten
@@ -334,8 +307,8 @@ def evict(txn: lmdb.Transaction, dbs: Databases, count: int) -> int:
 
 def sweep(txn: lmdb.Transaction, dbs: Databases, before: float, count: int) -> int:
     """Remove up to `count` clean tombstones that were buried before this time."""
-    end = _USED.pack(_TOMBSTONES, _microseconds(before))
-    candidates = _entries(txn, dbs.used, b"\0", count)
+    end = indexes.USED.pack(indexes.TOMBSTONES, indexes.microseconds(before))
+    candidates = indexes.entries(txn, dbs.used, b"\0", count)
     return _forget(txn, dbs, (entry for entry in candidates if entry < end), count)
 
 
@@ -349,13 +322,13 @@ def clear(txn: lmdb.Transaction, dbs: Databases) -> None:
 def dirty_names(txn: lmdb.Transaction, dbs: Databases) -> Iterator[bytes]:
     """Yield the names of the dirty records, those first that are due first."""
     for entry in txn.cursor(dbs.due).iternext(values=False):
-        yield bytes(entry[_DUE.size :])
+        yield bytes(entry[indexes.DUE.size :])
 
 
 def oldest_change(txn: lmdb.Transaction, dbs: Databases) -> float | None:
     """Return the time of the oldest payload change among the dirty records."""
     values = txn.cursor(dbs.due).iternext(keys=False)
-    return min((since for (since,) in map(_SINCE.unpack, values) if since), default=None)
+    return min((since for (since,) in map(indexes.SINCE.unpack, values) if since), default=None)
 
 
 def used_pages(txn: lmdb.Transaction, dbs: Databases) -> int:
@@ -390,62 +363,11 @@ def set_note(txn: lmdb.Transaction, dbs: Databases, name: str, value: bytes) -> 
     txn.put(name.encode(), value, db=dbs.notes)
 
 
-def _has_moved(before: SessionRecord, after: SessionRecord) -> bool:
-    """Tell whether the two may have different places in the indexes."""
-    # Flags; changed, due, used. By place, because by name it costs three times as much.
-    return before[3] != after[3] or before[13:16] != after[13:16]
-
-
-def _reindex(
-    txn: lmdb.Transaction,
-    dbs: Databases,
-    before: SessionRecord | None,
-    after: SessionRecord | None,
-) -> None:
-    """Remove the index entries that `before` has, and make those that `after` has.
-
-    What stays where it is costs nothing: its page may not have been touched for long.
-    """
-    was_used = None if before is None else _used_entry(before)
-    is_used = None if after is None else _used_entry(after)
-    if was_used != is_used:
-        if was_used is not None:
-            txn.delete(was_used, db=dbs.used)
-        if is_used is not None:
-            txn.put(is_used, b"", db=dbs.used)
-    if before is not None and before.flags & DIRTY:
-        if after is not None and after.flags & DIRTY and before[13:15] == after[13:15]:
-            return  # due at the same time, changed since the same time
-        txn.delete(_due_entry(before.due_at, before.key), db=dbs.due)
-    if after is not None and after.flags & DIRTY:
-        since = _SINCE.pack(after.changed_at)
-        txn.put(_due_entry(after.due_at, after.key), since, db=dbs.due)
-
-
-def _due_entry(due_at: float, key: str) -> bytes:
-    return _DUE.pack(_microseconds(due_at)) + key.encode()
-
-
-def _used_entry(record: SessionRecord) -> bytes:
-    kind = _TOMBSTONES if record.flags & TOMBSTONE else _SESSIONS
-    return _USED.pack(kind, _microseconds(record.used_at)) + record.key.encode()
-
-
-def _entries(
-    txn: lmdb.Transaction, database: lmdb._Database, start: bytes, count: int
-) -> list[bytes]:
-    """Return up to `count` entries of an index from `start` on."""
-    cursor = txn.cursor(database)
-    if not cursor.set_range(start):
-        return []
-    return [bytes(entry) for entry in islice(cursor.iternext(values=False), count)]
-
-
 def _forget(txn: lmdb.Transaction, dbs: Databases, candidates: Iterable[bytes], count: int) -> int:
     """Remove the first `count` clean records among `candidates` of the used index."""
     forgotten = 0
     for entry in candidates:
-        name = entry[_USED.size :]
+        name = entry[indexes.USED.size :]
         data = txn.get(name)
         if data is not None and decode_head(data).flags & DIRTY:
             continue
@@ -457,8 +379,3 @@ def _forget(txn: lmdb.Transaction, dbs: Databases, candidates: Iterable[bytes], 
     if forgotten:
         count_removal(txn, dbs)
     return forgotten
-
-
-def _microseconds(seconds: float) -> int:
-    """Return a time as the indexes have it; "never" is their last one."""
-    return max(0, int(seconds * 1_000_000)) if seconds < _FAR else 2**64 - 1
