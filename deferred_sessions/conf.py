@@ -10,6 +10,7 @@ by construction.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -81,6 +82,10 @@ class Settings:
     """Seconds of changes that a crash of the host may cost; 0 = each save waits for the disk."""
     cache_size: int = 10_000
     """Decoded sessions each process keeps."""
+    node: str | None = None
+    """The public name of this node, as the director knows it."""
+    node_cookie: str | None = None
+    """The cookie in which the middleware tells visitors that name; None = no cookie."""
     servers: tuple[str, ...] = (DEFAULT_DB_ALIAS,)
     """The database alias that holds the sessions; exactly one in this version."""
 
@@ -153,12 +158,36 @@ def relations() -> Iterator[Problem]:
             f"LOCKING is 'exclusive', but MIDDLEWARE lacks {MIDDLEWARE!r}.",
             "It gives a session back when its request ends. Put it in the place of Django's.",
         )
+    yield from _node_cookie_relations(settings)
     if not is_in_use():
         yield Problem(
             "W001",
             f"SESSION_ENGINE is {django_settings.SESSION_ENGINE!r}, so deferred_sessions "
             "is installed but not used.",
             f"Set SESSION_ENGINE = {ENGINE!r}.",
+        )
+
+
+def _node_cookie_relations(settings: Settings) -> Iterator[Problem]:
+    if settings.node_cookie is None:
+        return
+    if settings.node is None:
+        yield Problem(
+            "E009",
+            "NODE_COOKIE is set, but NODE is not, so the cookie would have nothing to say.",
+            "Give each node its name as in the director's configuration, such as 'web1'.",
+        )
+    if settings.node_cookie in site().cookies:
+        yield Problem(
+            "E010",
+            f"NODE_COOKIE is {settings.node_cookie!r}, a cookie that Django uses.",
+            "Name another one, such as 'sessionnode'.",
+        )
+    if MIDDLEWARE not in django_settings.MIDDLEWARE:
+        yield Problem(
+            "E011",
+            f"NODE_COOKIE is set, but MIDDLEWARE lacks {MIDDLEWARE!r}, which sets the cookie.",
+            "Put it in the place of Django's.",
         )
 
 
@@ -195,6 +224,38 @@ def is_in_use() -> bool:
 def saves_every_request() -> bool:
     """Tell whether a session is saved at the end of each request that has one."""
     return bool(django_settings.SESSION_SAVE_EVERY_REQUEST)
+
+
+class Site(NamedTuple):
+    """What Django's settings say about how the site is reached."""
+
+    host: str
+    """A name that ALLOWED_HOSTS allows."""
+    cookies: tuple[str, ...]
+    """The names that are taken."""
+
+
+def site() -> Site:
+    """Return how the site is reached."""
+    named = [host.lstrip(".") for host in django_settings.ALLOWED_HOSTS if host.strip(".*")]
+    cookies = (
+        django_settings.SESSION_COOKIE_NAME,
+        django_settings.CSRF_COOKIE_NAME,
+        django_settings.LANGUAGE_COOKIE_NAME,
+        "messages",
+    )
+    return Site(named[0] if named else "localhost", cookies)
+
+
+def cookie_attributes() -> dict[str, Any]:
+    """Return how a cookie is set that goes where the session's goes, until the browser ends."""
+    return {
+        "domain": django_settings.SESSION_COOKIE_DOMAIN,
+        "path": django_settings.SESSION_COOKIE_PATH,
+        "secure": django_settings.SESSION_COOKIE_SECURE or None,
+        "httponly": True,
+        "samesite": django_settings.SESSION_COOKIE_SAMESITE,
+    }
 
 
 def session_serializer() -> Any:
@@ -241,6 +302,12 @@ def _is_number(value: object) -> bool:
 
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_word(value: object, pattern: str) -> bool:
+    return value is None or (
+        isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None
+    )
 
 
 def _is_names(value: object) -> bool:
@@ -302,6 +369,14 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
         f"a number of seconds, such as 0.1, from 0 to {MAX_SYNC_INTERVAL}",
     ),
     "CACHE_SIZE": (lambda value: _is_whole(value, 0), "a whole number of sessions, 0 or more"),
+    "NODE": (
+        lambda value: _is_word(value, r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"),
+        "None or up to 40 letters, digits, dots, hyphens and underscores, such as 'web1'",
+    ),
+    "NODE_COOKIE": (
+        lambda value: _is_word(value, r"[A-Za-z][A-Za-z0-9_]{0,63}"),
+        "None or up to 64 letters, digits and underscores, such as 'sessionnode'",
+    ),
     "SERVERS": (
         lambda value: _is_names(value) and len(value) == 1,
         "a list with one database alias, such as ['default']",

@@ -8,6 +8,7 @@ process has at most one runtime, and a changed setting makes a new one.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -17,14 +18,18 @@ from django.core.signals import setting_changed
 from deferred_sessions.agent import Agent
 from deferred_sessions.busy import Busy
 from deferred_sessions.bypass import Bypass
+from deferred_sessions.condition import ConditionReader
 from deferred_sessions.conf import (
     NAME,
     Settings,
+    Site,
+    cookie_attributes,
     get_settings,
     is_in_use,
     is_under_test,
     saves_every_request,
     session_serializer,
+    site,
     store_identity,
 )
 from deferred_sessions.encoding import RowEncoder
@@ -36,6 +41,7 @@ from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.store import HostStore
+from deferred_sessions.node_cookie import NodeCookie
 from deferred_sessions.overlap import Overlap
 from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
 from deferred_sessions.request_end import RequestEnd
@@ -80,6 +86,11 @@ class Runtime:
     agent: Agent
     request_end: RequestEnd
     statistics: StatisticsReader
+    condition: ConditionReader
+    node_cookie: NodeCookie | None
+    """What the middleware names the node with, or None."""
+    site: Callable[[], Site]
+    """Returns how the site is reached, for the director."""
 
     def close(self) -> None:
         """End the agent and unmap what is mapped; the next use of a part maps it again."""
@@ -206,7 +217,16 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             flush=settings.flush_at_request_end,
         ),
         statistics=StatisticsReader(store=store, counters=counters, flusher=flusher),
+        condition=ConditionReader(store=store, server=server, flusher=flusher, policy=policy),
+        node_cookie=_node_cookie(settings),
+        site=site,
     )
+
+
+def _node_cookie(settings: Settings) -> NodeCookie | None:
+    if settings.node_cookie is None or settings.node is None:
+        return None
+    return NodeCookie(settings.node_cookie, settings.node, cookie_attributes)
 
 
 def _owner(store: HostStore) -> str:

@@ -10,7 +10,7 @@ from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 
 from deferred_sessions.checks import check_settings
-from deferred_sessions.conf import get_settings, problems, store_identity
+from deferred_sessions.conf import get_settings, problems, site, store_identity
 
 
 def ids() -> list[str | None]:
@@ -70,6 +70,8 @@ BAD: dict[str, list[Any]] = {
     "JOURNAL_AGE": [0, -1, "300", None, float("inf")],
     "SYNC_INTERVAL": [-0.1, 61, "0.1", None, True],
     "CACHE_SIZE": [-1, None, 1.5],
+    "NODE": ["", "a b", "-a", "é", "x" * 41, 1, "a;b", "a\n"],
+    "NODE_COOKIE": ["", "a b", "a-b", "1a", "x" * 65, 1, "a\n"],
     "SERVERS": ["default", [], ["a", "b"], [3], None],
 }
 
@@ -100,6 +102,8 @@ GOOD: dict[str, list[Any]] = {
     "DIRECTORY": [None, "/dev/shm/x", Path("/dev/shm/x")],
     "CACHE_SIZE": [0, 5],
     "WRITE_THROUGH_KEYS": [[], ("a",), ["a", "b"]],
+    "NODE": [None, "web1", "1", "a.b-c_d"],
+    "NODE_COOKIE": [None],
     "SERVERS": [["default"], ("default",)],
 }
 
@@ -133,6 +137,39 @@ def test_e008_exclusive_without_the_middleware(settings: Any) -> None:
     settings.MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
 
     assert [m.id for m in check_settings()] == ["deferred_sessions.E008"]
+
+
+def test_e009_a_node_without_a_name(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode"}
+    assert ids() == ["deferred_sessions.E009"]
+    settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode", "NODE": "web1"}
+    assert ids() == []
+
+
+@pytest.mark.parametrize("name", ["sessionid", "csrftoken", "django_language", "messages"])
+def test_e010_a_cookie_of_django(settings: Any, name: str) -> None:
+    settings.DEFERRED_SESSIONS = {"NODE_COOKIE": name, "NODE": "web1"}
+    assert ids() == ["deferred_sessions.E010"]
+
+
+def test_e011_nobody_sets_the_cookie(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode", "NODE": "web1"}
+    settings.MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
+    assert [m.id for m in check_settings()] == ["deferred_sessions.E011"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host"),
+    [
+        ([], "localhost"),
+        (["*"], "localhost"),
+        (["*", "shop.example.com"], "shop.example.com"),
+        ([".example.com"], "example.com"),
+    ],
+)
+def test_the_host_that_checks_ask_for(settings: Any, allowed: list[str], host: str) -> None:
+    settings.ALLOWED_HOSTS = allowed
+    assert site().host == host
 
 
 def test_e006_not_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:

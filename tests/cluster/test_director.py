@@ -1,0 +1,201 @@
+"""The director: three nodes behind a real HAProxy, and behind a real nginx."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import HTTPError
+
+import psutil
+import pytest
+
+from tests.cluster.conftest import DIRECTORS, Cluster, Director, require
+from tests.processes.conftest import Visitor, wait_until
+
+VISITORS = 200
+REQUESTS = 6
+CROWD = 8  # threads
+
+
+def visits(director: Director, visitor: Visitor, count: int = 1) -> list[str]:
+    return [director.visit(visitor) for _ in range(count)]
+
+
+def test_e01_every_request_of_a_visitor_reaches_one_node(
+    cluster: Cluster, director: Director
+) -> None:
+    """E01: 200 visitors with cookie jars; nobody changes nodes, nobody's session does."""
+    visitors = [Visitor() for _ in range(VISITORS)]
+
+    def visit(visitor: Visitor) -> tuple[set[str], list[int]]:
+        answers = [visitor.get(director.url("/probe/count/")) for _ in range(REQUESTS)]
+        return {cluster.who(each["pid"]) for each in answers}, [each["value"] for each in answers]
+
+    with ThreadPoolExecutor(CROWD) as crowd:
+        found = list(crowd.map(visit, visitors))
+
+    assert [values for _, values in found] == [list(range(1, REQUESTS + 1))] * VISITORS
+    assert [len(nodes) for nodes, _ in found] == [1] * VISITORS
+    shares = Counter(name for nodes, _ in found for name in nodes)
+    assert set(shares) == {"web1", "web2", "web3"}
+    assert min(shares.values()) > VISITORS * 0.2
+    for visitor, (nodes, _) in zip(visitors, found, strict=True):
+        cookies = {cookie.name: cookie.value for cookie in visitor.cookies}
+        assert cookies == {"sessionid": visitor.key, "sessionnode": nodes.pop()}
+
+
+def test_e05_a_dead_node_is_replaced_by_another(cluster: Cluster, director: Director) -> None:
+    """E05, the routing of it: `kill -9` under load; visitors are sent on, and stay there."""
+    dead, *living = cluster.nodes
+    visitors = [Visitor() for _ in range(30)]
+    homes = {visitor: visits(director, visitor)[0] for visitor in visitors}
+    orphans = [visitor for visitor in visitors if homes[visitor] == dead.name]
+    assert orphans
+    is_over = threading.Event()
+    errors: list[HTTPError] = []
+    served: Counter[Visitor] = Counter()
+
+    def browse(mine: list[Visitor]) -> None:
+        while not is_over.is_set():
+            for visitor in mine:
+                try:
+                    visitor.get(director.url("/probe/read/"))
+                except HTTPError as error:
+                    errors.append(error)
+                served[visitor] += 1
+
+    def all_were_served() -> bool:
+        return min(served[visitor] for visitor in visitors) > before + 5
+
+    with ThreadPoolExecutor(CROWD) as crowd:
+        jobs = [crowd.submit(browse, visitors[number::CROWD]) for number in range(CROWD)]
+        before = 5
+        wait_until(all_were_served, what="some load")
+        dead.kill()
+        before = max(served.values())
+        wait_until(all_were_served, what="requests after the death")
+        is_over.set()
+        for job in jobs:
+            job.result()
+
+    assert errors == []  # what was under way there was only reading, so it was sent on, too
+    now = {visitor: visits(director, visitor, 3) for visitor in visitors}
+    assert all(len(set(nodes)) == 1 for nodes in now.values())
+    assert {now[visitor][0] for visitor in orphans} <= {node.name for node in living}
+    others = [visitor for visitor in visitors if visitor not in orphans]
+    assert all(now[visitor][0] == homes[visitor] for visitor in others)
+
+    dead.start()
+    wait_until(lambda: visits(director, Visitor()) == [dead.name], what="its return")
+    assert {visitor: visits(director, visitor, 3) for visitor in visitors} == now
+
+
+def test_a_request_that_may_have_changed_something_is_sent_once(
+    cluster: Cluster, director: Director
+) -> None:
+    """The node dies over a POST: the visitor is told, and no other node gets it."""
+    visitor = Visitor()
+    home = visits(director, visitor)[0]
+    with pytest.raises(HTTPError, match="502"):
+        visitor.get(director.url("/probe/die/"), data=b"x=1")
+
+    def died() -> list[str]:
+        return [node.name for node in cluster.nodes for pid in node.pids if not is_alive(pid)]
+
+    wait_until(died, what="the end of the worker")
+    assert died() == [home]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_node_is_drained(cluster: Cluster, director: Director) -> None:
+    """New visitors go elsewhere; those who belong there stay, and lose nothing."""
+    drained = cluster.nodes[0]
+    natives = [
+        visitor
+        for visitor in [Visitor() for _ in range(12)]
+        if visits(director, visitor) == [drained.name]
+    ]
+    assert natives
+    begin, end = how_to_drain(director, drained.name, drained.command)
+    begin()
+
+    def is_avoided() -> bool:
+        return drained.name not in {visits(director, Visitor())[0] for _ in range(6)}
+
+    wait_until(is_avoided, what="the director to notice")
+    assert all(is_avoided() for _ in range(3))
+    values = [visitor.get(director.url("/probe/count/")) for visitor in natives for _ in range(4)]
+    assert {cluster.who(answer["pid"]) for answer in values} == {drained.name}
+    assert [answer["value"] for answer in values] == [2, 3, 4, 5] * len(natives)
+
+    end()
+    wait_until(lambda: visits(director, Visitor()) == [drained.name], what="new visitors")
+    drained.kill()
+    assert {visits(director, visitor)[0] for visitor in natives} <= {"web2", "web3"}
+
+
+def how_to_drain(
+    director: Director, name: str, command: Callable[..., str]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """HAProxy asks the node for its health; nginx has to be told."""
+    if director.kind == "haproxy":
+        return (
+            lambda: command("sessionproxy", "drain"),
+            lambda: command("sessionproxy", "resume"),
+        )
+
+    def tell(*options: str) -> None:
+        director.configure(*options)
+        director.check()
+        director.reload()
+
+    return (lambda: tell(f"--draining={name}")), tell
+
+
+def test_visitors_do_not_see_the_health_of_nodes(cluster: Cluster, director: Director) -> None:
+    assert Visitor().get(cluster.nodes[0].web.url("/healthz"))["status"] == "ok"
+    with pytest.raises(HTTPError, match="404"):
+        Visitor().get(director.url("/healthz"))
+
+
+@pytest.mark.parametrize("kind", DIRECTORS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--node=a=127.0.0.1:8001"],
+        ["--node=a=127.0.0.1:8001", "--node=b.c-d_e=[::1]:8002", "--draining=a", "--secure"],
+        ["--node=a=localhost:1", "--listen=[::1]:8080", "--health-path=/", "--cookie=N"],
+        [f"--node={n:02}{'x' * 38}=10.0.0.{n}:65535" for n in range(50)],
+    ],
+    ids=["one", "all kinds", "edges", "many"],
+)
+def test_the_directors_accept_what_is_printed(
+    kind: str, options: list[str], tmp_path: Path
+) -> None:
+    require(kind)
+    director = Director.__new__(Director)
+    director.kind = kind
+    director._directory = tmp_path
+    director._file = tmp_path / "file"
+    text = printed(kind, *options)
+    director._file.write_text(text)
+    director.check()
+
+
+def printed(kind: str, *options: str) -> str:
+    from io import StringIO
+
+    from django.core.management import call_command
+
+    output = StringIO()
+    call_command("sessionproxy", kind, *options, stdout=output)
+    return output.getvalue()
