@@ -13,6 +13,7 @@ import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -24,12 +25,14 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from django.utils.module_loading import import_string
 
 from deferred_sessions.policy import Policy
+from deferred_sessions.topology import Servers, is_servers, server_problems, weights_of
 
 NAME: Final = "DEFERRED_SESSIONS"
 ENGINE: Final = "deferred_sessions.backend"
 MIN_STORE_SIZE: Final = 4 << 20
 MAX_STORE_SIZE: Final = 64 << 30
 MIDDLEWARE: Final = "deferred_sessions.middleware.SessionMiddleware"
+ROUTER: Final = "deferred_sessions.router.SessionRouter"
 LOCKING: Final = ("merge", "exclusive", "last-write-wins")
 MIN_JOURNAL_SIZE: Final = 1 << 20
 MAX_SYNC_INTERVAL: Final = 60
@@ -86,8 +89,10 @@ class Settings:
     """The public name of this node, as the director knows it."""
     node_cookie: str | None = None
     """The cookie in which the middleware tells visitors that name; None = no cookie."""
-    servers: tuple[str, ...] = (DEFAULT_DB_ALIAS,)
-    """The database alias that holds the sessions; exactly one in this version."""
+    servers: Servers = (DEFAULT_DB_ALIAS,)
+    """The database aliases that hold the sessions, perhaps with weights; see `weights`."""
+    copies: int = 1
+    """On how many of them each session is kept."""
 
     @property
     def policy(self) -> Policy:
@@ -95,9 +100,14 @@ class Settings:
         return Policy(self.flush_interval, self.flush_after_updates, self.flush_after_requests)
 
     @property
+    def weights(self) -> dict[str, float]:
+        """How much each session server is to hold compared with the others, by alias."""
+        return weights_of(self.servers)
+
+    @property
     def server(self) -> str:
-        """The database alias of the session server."""
-        return self.servers[0]
+        """The database alias of the first session server."""
+        return next(iter(self.servers))
 
 
 class Problem(NamedTuple):
@@ -133,25 +143,12 @@ def relations() -> Iterator[Problem]:
             f"({settings.flush_interval:g} s).",
             "A session could expire in PostgreSQL while it is in use: lower FLUSH_INTERVAL.",
         )
-    alias = settings.server
-    if alias not in django_settings.DATABASES:
-        yield Problem(
-            "E005",
-            f"{NAME}['SERVERS'] names {alias!r}, which is not in DATABASES.",
-            f"Known: {', '.join(sorted(django_settings.DATABASES))}.",
-        )
-    elif connections[alias].vendor != "postgresql":
-        yield Problem(
-            "E006",
-            f"The database {alias!r} is {connections[alias].display_name}, not PostgreSQL.",
-            "Name a PostgreSQL database in DEFERRED_SESSIONS['SERVERS'].",
-        )
-    elif not connections[alias].settings_dict.get("AUTOCOMMIT", True):
-        yield Problem(
-            "E007",
-            f"AUTOCOMMIT is off for the database {alias!r}, so nobody commits what is flushed.",
-            "Leave it on, or give the sessions an alias of their own in SERVERS.",
-        )
+    yield from starmap(
+        Problem,
+        server_problems(
+            tuple(settings.servers), settings.copies, django_settings.DATABASES, _other_kind
+        ),
+    )
     if settings.locking == "exclusive" and MIDDLEWARE not in django_settings.MIDDLEWARE:
         yield Problem(
             "E008",
@@ -166,6 +163,24 @@ def relations() -> Iterator[Problem]:
             "is installed but not used.",
             f"Set SESSION_ENGINE = {ENGINE!r}.",
         )
+
+    if len(settings.servers) > 1:
+        yield Problem(
+            "W002",
+            f"{NAME}['SERVERS'] names several servers, of which this version can use one.",
+            "Sessions will not be served; `migrate --database` works for each.",
+        )
+    if settings.server != DEFAULT_DB_ALIAS and ROUTER not in django_settings.DATABASE_ROUTERS:
+        yield Problem(
+            "W003",
+            f"SERVERS names {settings.server!r}, but DATABASE_ROUTERS lacks {ROUTER!r}.",
+            "Without it the model looks for sessions in the default database.",
+        )
+
+
+def _other_kind(alias: str) -> str | None:
+    connection = connections[alias]
+    return None if connection.vendor == "postgresql" else str(connection.display_name)
 
 
 def _node_cookie_relations(settings: Settings) -> Iterator[Problem]:
@@ -211,7 +226,7 @@ def get_settings() -> Settings:
         if values.get(name) is not None:
             values[name] = Path(values[name])
     for name in ("servers", "write_through_keys"):
-        if name in values:
+        if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
     return Settings(**values)
 
@@ -378,7 +393,8 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
         "None or up to 64 letters, digits and underscores, such as 'sessionnode'",
     ),
     "SERVERS": (
-        lambda value: _is_names(value) and len(value) == 1,
-        "a list with one database alias, such as ['default']",
+        is_servers,
+        "a list of different database aliases, such as ['default'], or a dictionary with weights",
     ),
+    "COPIES": (lambda value: _is_whole(value, 1), "a whole number of copies, 1 or more"),
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 from deferred_sessions.agent import Agent
@@ -122,7 +123,15 @@ def reset_runtime() -> None:
 
 
 def build_runtime(settings: Settings, identity: str, serializer: type[Serializer]) -> Runtime:
-    """Wire the parts for these settings; does no I/O."""
+    """Wire the parts for these settings; does no I/O.
+
+    Raises:
+        ImproperlyConfigured: Several session servers, or copies, are wanted.
+    """
+    if len(settings.servers) > 1 or settings.copies > 1:
+        raise ImproperlyConfigured(
+            "DEFERRED_SESSIONS wants several SERVERS or COPIES, of which this version can use one."
+        )
     directory = settings.directory or default_directory(identity)
     policy = settings.policy
     size = settings.store_size

@@ -39,6 +39,13 @@ class Node:
         os.killpg(self.web.process.pid, signal.SIGKILL)
         self.web.process.wait()
 
+    def freeze(self) -> None:
+        """Stop all of its processes: they still take connections, and never answer."""
+        os.killpg(self.web.process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.killpg(self.web.process.pid, signal.SIGCONT)
+
     def start(self) -> None:
         """Start it again, at the same address."""
         self.web = self.site.web("--workers=2", port=self.web.port)
@@ -80,7 +87,7 @@ class Director:
             self._process = subprocess.Popen(
                 self._command(), stdout=output, stderr=output, start_new_session=True
             )
-        wait_until(self._is_ready, what=f"{kind}: {self._log.read_text()}")
+        wait_until(self._is_ready, what=f"{kind} to listen")
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"
@@ -108,6 +115,10 @@ class Director:
         """Return the name of the node that answers."""
         return self._cluster.who(visitor.get(self.url(path))["pid"])
 
+    def log(self) -> str:
+        """Return what it has said so far."""
+        return self._log.read_text()
+
     def stop(self) -> None:
         if self._process.poll() is None:
             self._process.terminate()
@@ -118,7 +129,7 @@ class Director:
         self._process.wait()
 
     def _is_ready(self) -> bool:
-        assert self._process.poll() is None, self._log.read_text()
+        assert self._process.poll() is None, self.log()
         return is_listening(self.port)
 
     def _command(self, *flags: str) -> list[str]:

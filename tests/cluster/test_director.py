@@ -93,6 +93,23 @@ def test_e05_a_dead_node_is_replaced_by_another(cluster: Cluster, director: Dire
     assert {visitor: visits(director, visitor, 3) for visitor in visitors} == now
 
 
+@pytest.mark.parametrize("director", ["haproxy"], indirect=True)
+def test_a_node_that_hangs_is_left_alone(cluster: Cluster, director: Director) -> None:
+    """It takes connections and never answers; only the health URL can tell."""
+    visitors = [Visitor() for _ in range(9)]
+    homes = {visitor: visits(director, visitor)[0] for visitor in visitors}
+    hung = cluster.nodes[0]
+    hung.freeze()
+    wait_until(lambda: "web1 is DOWN" in director.log(), what="HAProxy to notice")
+    for visitor, home in homes.items():
+        found = visits(director, visitor, 2)
+        assert found == [home] * 2 if home != hung.name else hung.name not in found
+
+    hung.thaw()
+    wait_until(lambda: "web1 is UP" in director.log(), what="HAProxy to notice")
+    wait_until(lambda: visits(director, Visitor()) == [hung.name], what="new visitors")
+
+
 def test_a_request_that_may_have_changed_something_is_sent_once(
     cluster: Cluster, director: Director
 ) -> None:

@@ -10,7 +10,8 @@ from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 
 from deferred_sessions.checks import check_settings
-from deferred_sessions.conf import get_settings, problems, site, store_identity
+from deferred_sessions.conf import ROUTER, get_settings, problems, site, store_identity
+from deferred_sessions.runtime import get_runtime
 
 
 def ids() -> list[str | None]:
@@ -72,7 +73,8 @@ BAD: dict[str, list[Any]] = {
     "CACHE_SIZE": [-1, None, 1.5],
     "NODE": ["", "a b", "-a", "é", "x" * 41, 1, "a;b", "a\n"],
     "NODE_COOKIE": ["", "a b", "a-b", "1a", "x" * 65, 1, "a\n"],
-    "SERVERS": ["default", [], ["a", "b"], [3], None],
+    "SERVERS": ["default", [], {}, [3], None, ["a", "a"], [""], {"a": 0}, {"a": "1"}, {1: 1.0}],
+    "COPIES": [0, -1, 1.0, "2", None, True],
 }
 
 
@@ -104,7 +106,8 @@ GOOD: dict[str, list[Any]] = {
     "WRITE_THROUGH_KEYS": [[], ("a",), ["a", "b"]],
     "NODE": [None, "web1", "1", "a.b-c_d"],
     "NODE_COOKIE": [None],
-    "SERVERS": [["default"], ("default",)],
+    "SERVERS": [["default"], ("default",), {"default": 1}, {"default": 2.5}],
+    "COPIES": [1],
 }
 
 
@@ -129,6 +132,29 @@ def test_e005_unknown_database(settings: Any) -> None:
     settings.DEFERRED_SESSIONS = {"SERVERS": ["nosuch"]}
 
     assert ids() == ["deferred_sessions.E005"]
+
+
+def test_e012_more_copies_than_servers(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"COPIES": 2}
+    assert ids() == ["deferred_sessions.E012"]
+    with pytest.raises(ImproperlyConfigured, match="COPIES"):
+        get_runtime()
+
+
+def test_w002_several_servers(settings: Any) -> None:
+    """Nobody may think that the second one is used."""
+    settings.DEFERRED_SESSIONS = {"SERVERS": {"default": 1, "other": 2}}
+    assert "deferred_sessions.W002" in ids()
+    with pytest.raises(ImproperlyConfigured, match="SERVERS"):
+        get_runtime()
+
+
+def test_w003_another_database_without_the_router(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"SERVERS": ["other"]}
+    settings.DATABASE_ROUTERS = []
+    assert "deferred_sessions.W003" in ids()
+    settings.DATABASE_ROUTERS = [ROUTER]
+    assert "deferred_sessions.W003" not in ids()
 
 
 def test_e008_exclusive_without_the_middleware(settings: Any) -> None:
