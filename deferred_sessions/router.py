@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS
 from django.db.models import Model
 
@@ -25,21 +26,32 @@ class SessionRouter:
 
     def db_for_read(self, model: type[Model], **_: Any) -> str | None:
         """Return the first session server for our models."""
-        return get_settings().server if _is_ours(model) else None
+        return next(iter(_servers()), None) if _is_ours(model) else None
 
     def db_for_write(self, model: type[Model], **_: Any) -> str | None:
         """Return the first session server for our models."""
-        return get_settings().server if _is_ours(model) else None
+        return self.db_for_read(model)
 
     def allow_migrate(self, db: str, app_label: str, **_: Any) -> bool | None:
         """Allow our tables on the session servers only, and no others on those.
 
         "default" is never kept for the sessions alone, also when it holds them.
         """
-        is_session_server = db in get_settings().weights
+        servers = _servers()
         if app_label == APP:
-            return is_session_server
-        return False if is_session_server and db != DEFAULT_DB_ALIAS else None
+            return db in servers if servers else None
+        return False if db in servers and db != DEFAULT_DB_ALIAS else None
+
+
+def _servers() -> tuple[str, ...]:
+    """Return the session servers; none if the settings have problems.
+
+    Django asks while it runs the checks, which will tell of the problems.
+    """
+    try:
+        return tuple(get_settings().servers)
+    except ImproperlyConfigured:
+        return ()
 
 
 def _is_ours(model: type[Model]) -> bool:

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from django.core.management import call_command
+from django.core.management.base import SystemCheckError
 
 from deferred_sessions.models import Session
 from deferred_sessions.router import SessionRouter
@@ -116,3 +119,11 @@ def test_it_has_no_say_about_others() -> None:
     assert router.allow_migrate("default", "auth") is None
     assert router.allow_migrate("default", "deferred_sessions", model_name="session") is True
     assert router.allow_migrate("other", "deferred_sessions") is False
+
+
+def test_checks_tell_what_is_wrong_with_the_settings(settings: Any) -> None:
+    """Django asks the router while it checks; the router must not fail before they have."""
+    settings.DEFERRED_SESSIONS = {"NOPE": 1}
+    with pytest.raises(SystemCheckError, match="NOPE"):
+        call_command("check", databases=["default"])
+    assert SessionRouter().allow_migrate("default", "deferred_sessions") is None
