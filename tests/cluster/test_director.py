@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -13,8 +16,9 @@ from urllib.error import HTTPError
 import psutil
 import pytest
 
-from tests.cluster.conftest import DIRECTORS, Cluster, Director, require
-from tests.processes.conftest import Visitor, wait_until
+from testproject.embedded import EmbeddedServer
+from tests.cluster.conftest import COOKIE, DIRECTORS, Cluster, Director, Node, require
+from tests.processes.conftest import Site, Visitor, wait_until
 
 VISITORS = 200
 REQUESTS = 6
@@ -197,6 +201,39 @@ def how_to_drain(
         director.reload()
 
     return (lambda: tell(f"--draining={name}")), tell
+
+
+@pytest.mark.parametrize("kind", DIRECTORS)
+def test_nodes_without_postgresql_are_not_given_up(
+    kind: str, make_site: Callable[..., Site], tmp_path: Path
+) -> None:
+    """They serve the sessions they have; a director that left them would end the site."""
+    require(kind)
+    with EmbeddedServer(tmp_path / "postgres") as server, ExitStack() as stack:
+        nodes = []
+        for name in ("web1", "web2"):
+            settings = {"NODE": name, "NODE_COOKIE": COOKIE, "FLUSH_INTERVAL": 0.5}
+            site = make_site(tmp_path / name, **settings)
+            site.database = server.url
+            site.run("manage.py", "migrate", "--verbosity=0")
+            nodes.append(Node(name, site))
+            stack.callback(site.stop)
+        director = Director(kind, Cluster(nodes), tmp_path)
+        stack.callback(director.stop)
+        visitors = [Visitor() for _ in range(10)]
+        homes = [visits(director, visitor, 2)[0] for visitor in visitors]
+        server.kill(signal.SIGQUIT)
+
+        def is_known(node: Node) -> bool:
+            for visitor in visitors:
+                director.visit(visitor)
+            return Visitor().get(node.web.url("/healthz"))["postgresql"] == "away"
+
+        for node in nodes:
+            wait_until(partial(is_known, node), what="a flush that failed")
+            assert Visitor().get(node.web.url("/healthz"))["status"] == "degraded"
+        assert [visits(director, visitor)[0] for visitor in visitors] == homes
+        assert "DOWN" not in director.log()
 
 
 def test_visitors_do_not_see_the_health_of_nodes(cluster: Cluster, director: Director) -> None:
