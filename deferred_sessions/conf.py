@@ -166,13 +166,13 @@ def relations() -> Iterator[Problem]:
 
     if len(settings.servers) > 1:
         yield Problem(
-            "W002",
+            "W021",
             f"{NAME}['SERVERS'] names several servers, of which this version can use one.",
             "Sessions will not be served; `migrate --database` works for each.",
         )
     if settings.server != DEFAULT_DB_ALIAS and ROUTER not in django_settings.DATABASE_ROUTERS:
         yield Problem(
-            "W003",
+            "W022",
             f"SERVERS names {settings.server!r}, but DATABASE_ROUTERS lacks {ROUTER!r}.",
             "Without it the model looks for sessions in the default database.",
         )
@@ -188,19 +188,19 @@ def _node_cookie_relations(settings: Settings) -> Iterator[Problem]:
         return
     if settings.node is None:
         yield Problem(
-            "E009",
+            "E021",
             "NODE_COOKIE is set, but NODE is not, so the cookie would have nothing to say.",
             "Give each node its name as in the director's configuration, such as 'web1'.",
         )
     if settings.node_cookie in site().cookies:
         yield Problem(
-            "E010",
+            "E022",
             f"NODE_COOKIE is {settings.node_cookie!r}, a cookie that Django uses.",
             "Name another one, such as 'sessionnode'.",
         )
     if MIDDLEWARE not in django_settings.MIDDLEWARE:
         yield Problem(
-            "E011",
+            "E023",
             f"NODE_COOKIE is set, but MIDDLEWARE lacks {MIDDLEWARE!r}, which sets the cookie.",
             "Put it in the place of Django's.",
         )

@@ -64,13 +64,13 @@ def server_problems(
         other = places.setdefault(place, name)
         if other != name:
             yield (
-                "E013",
+                "E025",
                 f"SERVERS names {other!r} and {name!r}, which are the same database.",
                 "Name each database once; two copies in one place are none.",
             )
     if copies > len(names):
         yield (
-            "E012",
+            "E024",
             f"COPIES is {copies}, but SERVERS names {len(names)}.",
             "Each copy needs a server of its own: add servers, or lower COPIES.",
         )

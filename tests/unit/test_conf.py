@@ -134,27 +134,27 @@ def test_e005_unknown_database(settings: Any) -> None:
     assert ids() == ["deferred_sessions.E005"]
 
 
-def test_e012_more_copies_than_servers(settings: Any) -> None:
+def test_e024_more_copies_than_servers(settings: Any) -> None:
     settings.DEFERRED_SESSIONS = {"COPIES": 2}
-    assert ids() == ["deferred_sessions.E012"]
+    assert ids() == ["deferred_sessions.E024"]
     with pytest.raises(ImproperlyConfigured, match="COPIES"):
         get_runtime()
 
 
-def test_w002_several_servers(settings: Any) -> None:
+def test_w021_several_servers(settings: Any) -> None:
     """Nobody may think that the second one is used."""
     settings.DEFERRED_SESSIONS = {"SERVERS": {"default": 1, "other": 2}}
-    assert "deferred_sessions.W002" in ids()
+    assert "deferred_sessions.W021" in ids()
     with pytest.raises(ImproperlyConfigured, match="SERVERS"):
         get_runtime()
 
 
-def test_w003_another_database_without_the_router(settings: Any) -> None:
+def test_w022_another_database_without_the_router(settings: Any) -> None:
     settings.DEFERRED_SESSIONS = {"SERVERS": ["other"]}
     settings.DATABASE_ROUTERS = []
-    assert "deferred_sessions.W003" in ids()
+    assert "deferred_sessions.W022" in ids()
     settings.DATABASE_ROUTERS = [ROUTER]
-    assert "deferred_sessions.W003" not in ids()
+    assert "deferred_sessions.W022" not in ids()
 
 
 def test_e008_exclusive_without_the_middleware(settings: Any) -> None:
@@ -165,23 +165,23 @@ def test_e008_exclusive_without_the_middleware(settings: Any) -> None:
     assert [m.id for m in check_settings()] == ["deferred_sessions.E008"]
 
 
-def test_e009_a_node_without_a_name(settings: Any) -> None:
+def test_e021_a_node_without_a_name(settings: Any) -> None:
     settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode"}
-    assert ids() == ["deferred_sessions.E009"]
+    assert ids() == ["deferred_sessions.E021"]
     settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode", "NODE": "web1"}
     assert ids() == []
 
 
 @pytest.mark.parametrize("name", ["sessionid", "csrftoken", "django_language", "messages"])
-def test_e010_a_cookie_of_django(settings: Any, name: str) -> None:
+def test_e022_a_cookie_of_django(settings: Any, name: str) -> None:
     settings.DEFERRED_SESSIONS = {"NODE_COOKIE": name, "NODE": "web1"}
-    assert ids() == ["deferred_sessions.E010"]
+    assert ids() == ["deferred_sessions.E022"]
 
 
-def test_e011_nobody_sets_the_cookie(settings: Any) -> None:
+def test_e023_nobody_sets_the_cookie(settings: Any) -> None:
     settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode", "NODE": "web1"}
     settings.MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
-    assert [m.id for m in check_settings()] == ["deferred_sessions.E011"]
+    assert [m.id for m in check_settings()] == ["deferred_sessions.E023"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Configurations for the director: what they say, and what cannot get into them.
 
-Whether the directors take them is tried in tests/cluster/, with the directors themselves.
+Whether the directors take them is tried in tests/director/, with the directors themselves.
 """
 
 from __future__ import annotations

@@ -113,6 +113,6 @@ def test_the_director_is_configured_as_documented(kind: str) -> None:
 
 def test_every_test_that_is_named_exists() -> None:
     for name in re.findall(
-        r"`(?:tests/)?((?:unit|integration|processes|cluster)/\w+\.py)`", ARCHITECTURE
+        r"`(?:tests/)?((?:unit|integration|processes|director)/\w+\.py)`", ARCHITECTURE
     ):
         assert (ROOT / "tests" / name).exists(), name

@@ -38,8 +38,8 @@ def test_what_is_well() -> None:
         (["a", "nosuch", "neither"], 1, ["E005", "E005"]),
         (["a", "other"], 1, ["E006"]),
         (["manual"], 1, ["E007"]),
-        (["a", "b"], 3, ["E012"]),
-        (["a", "b", "again"], 2, ["E013"]),
+        (["a", "b"], 3, ["E024"]),
+        (["a", "b", "again"], 2, ["E025"]),
     ],
 )
 def test_what_is_wrong(names: list[str], copies: int, expected: list[str]) -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from testproject.embedded import EmbeddedServer
-from tests.cluster.conftest import COOKIE, DIRECTORS, Cluster, Director, Node, require
+from tests.director.conftest import COOKIE, DIRECTORS, Cluster, Director, Node, require
 from tests.processes.conftest import Site, Visitor, wait_until
 
 VISITORS = 200

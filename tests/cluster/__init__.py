@@ -1,1 +1,0 @@
-"""Several nodes of one site, each with a store and processes of its own."""
