@@ -16,7 +16,9 @@ MOST_NODES: Final = 50  # for nginx, the configuration grows with their square
 MAX_PORT: Final = 65_535
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}", re.ASCII)
 COOKIE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}", re.ASCII)
-PATH: Final = re.compile(r"/[A-Za-z0-9/_.~-]{0,200}", re.ASCII)
+PATH: Final = re.compile(
+    r"/[A-Za-z0-9/_.~-]{1,200}", re.ASCII
+)  # not "/": visitors get no answer there
 HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", re.ASCII)
 
 

@@ -248,7 +248,7 @@ def test_visitors_do_not_see_the_health_of_nodes(cluster: Cluster, director: Dir
     [
         ["--node=a=127.0.0.1:8001"],
         ["--node=a=127.0.0.1:8001", "--node=b.c-d_e=[::1]:8002", "--draining=a", "--secure"],
-        ["--node=a=localhost:1", "--listen=[::1]:8080", "--health-path=/", "--cookie=N"],
+        ["--node=a=localhost:1", "--listen=[::1]:8080", "--health-path=/h", "--cookie=N"],
         [f"--node={n:02}{'x' * 38}=10.0.0.{n}:65535" for n in range(50)],
     ],
     ids=["one", "all kinds", "edges", "many"],

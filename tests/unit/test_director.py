@@ -133,6 +133,7 @@ def test_where_visitors_come_in(given_: str, understood: str) -> None:
         ({"listen": "http://x"}, "no port"),
         ({"health_path": "healthz"}, "not a path"),
         ({"health_path": "/a?b"}, "not a path"),
+        ({"health_path": "/"}, "not a path"),
         ({"cookie": "a-b"}, "not a name for a cookie"),
         ({"cookie": "SessionID", "taken": ["sessionid"]}, "for something else"),
         ({"host": "a b"}, "not a host name"),
