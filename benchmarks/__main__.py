@@ -30,7 +30,17 @@ from testproject.brokers import redis
 from testproject.embedded import url_of
 
 SHARED_MEMORY = Path("/dev/shm")
-BENCHMARKS = ("cycles", "web", "writes", "flush", "growth", "journal", "overlap", "handover")
+BENCHMARKS = (
+    "cycles",
+    "web",
+    "writes",
+    "flush",
+    "growth",
+    "journal",
+    "overlap",
+    "handover",
+    "placement",
+)
 PACKAGES = {"redis-server": "redis-server", "wrk": "wrk"}  # command: package
 HERE = Path(__file__).parent
 SUMMARY = ("measure", "to reach", "reached (spread of the rounds)", "met")

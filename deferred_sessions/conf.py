@@ -10,10 +10,10 @@ by construction.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from hashlib import blake2b
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -26,18 +26,13 @@ from django.utils.encoding import force_bytes
 from django.utils.module_loading import import_string
 
 from deferred_sessions.policy import Policy
+from deferred_sessions.rules import RULES
+from deferred_sessions.topology import Servers, server_problems, weights_of
 
 NAME: Final = "DEFERRED_SESSIONS"
 ENGINE: Final = "deferred_sessions.backend"
-MIN_STORE_SIZE: Final = 4 << 20
-MAX_STORE_SIZE: Final = 64 << 30
 MIDDLEWARE: Final = "deferred_sessions.middleware.SessionMiddleware"
-LOCKING: Final = ("merge", "exclusive", "last-write-wins")
-MIN_JOURNAL_SIZE: Final = 1 << 20
-MAX_SYNC_INTERVAL: Final = 60
-MAX_BATCH_SIZE: Final = 10_000
-MAX_INTERVAL: Final = 86_400  # seconds
-IS_NAME: Final = re.compile(r"[0-9A-Za-z._:-]{1,63}").fullmatch
+ROUTER: Final = "deferred_sessions.router.SessionRouter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +57,7 @@ class Settings:
     )
     """Keys whose change is written at once: login, logout, expiry."""
     locking: str = "merge"
-    """What happens when requests of one visitor overlap: one of `LOCKING`."""
+    """What happens when requests of one visitor overlap: one of `rules.LOCKING`."""
     lock_timeout: float = 10.0
     """Seconds to wait for a session, or a portion of it, that somebody else holds."""
     agent: bool = True
@@ -86,15 +81,19 @@ class Settings:
     cache_size: int = 10_000
     """Decoded sessions each process keeps."""
     node: str | None = None
-    """The name of this host among those of the site; None = host name and directory."""
+    """The public name of this host among those of the site; None = host name and directory."""
+    node_cookie: str | None = None
+    """The cookie in which the middleware tells visitors that name; None = no cookie."""
     heartbeat_interval: float = 1.0
     """Seconds between heartbeats of this node."""
     node_timeout: float = 10.0
     """Seconds without one after which other nodes take over its sessions."""
     listen: str | None = None
     """An alias of the same database past a pooler, to LISTEN on; None = that of SERVERS."""
-    servers: tuple[str, ...] = (DEFAULT_DB_ALIAS,)
-    """The database alias that holds the sessions; exactly one in this version."""
+    servers: Servers = (DEFAULT_DB_ALIAS,)
+    """The database aliases that hold the sessions, perhaps with weights; see `weights`."""
+    copies: int = 1
+    """On how many of them each session is kept."""
 
     @property
     def policy(self) -> Policy:
@@ -102,9 +101,14 @@ class Settings:
         return Policy(self.flush_interval, self.flush_after_updates, self.flush_after_requests)
 
     @property
+    def weights(self) -> dict[str, float]:
+        """How much each session server is to hold compared with the others, by alias."""
+        return weights_of(self.servers)
+
+    @property
     def server(self) -> str:
-        """The database alias of the session server."""
-        return self.servers[0]
+        """The database alias of the first session server."""
+        return next(iter(self.servers))
 
 
 class Problem(NamedTuple):
@@ -124,7 +128,7 @@ def problems(raw: object) -> Iterator[Problem]:
     for key in raw:
         if key not in known:
             yield Problem("E002", f"{NAME}[{key!r}] is unknown.", f"Known: {', '.join(known)}.")
-    for key, (is_valid, wanted) in _RULES.items():
+    for key, (is_valid, wanted) in RULES.items():
         if key in raw and not is_valid(raw[key]):
             yield Problem("E003", f"{NAME}[{key!r}] is {raw[key]!r}.", f"It must be {wanted}.")
 
@@ -140,25 +144,12 @@ def relations() -> Iterator[Problem]:
             f"({settings.flush_interval:g} s).",
             "A session could expire in PostgreSQL while it is in use: lower FLUSH_INTERVAL.",
         )
-    alias = settings.server
-    if alias not in django_settings.DATABASES:
-        yield Problem(
-            "E005",
-            f"{NAME}['SERVERS'] names {alias!r}, which is not in DATABASES.",
-            f"Known: {', '.join(sorted(django_settings.DATABASES))}.",
-        )
-    elif connections[alias].vendor != "postgresql":
-        yield Problem(
-            "E006",
-            f"The database {alias!r} is {connections[alias].display_name}, not PostgreSQL.",
-            "Name a PostgreSQL database in DEFERRED_SESSIONS['SERVERS'].",
-        )
-    elif not connections[alias].settings_dict.get("AUTOCOMMIT", True):
-        yield Problem(
-            "E007",
-            f"AUTOCOMMIT is off for the database {alias!r}, so nobody commits what is flushed.",
-            "Leave it on, or give the sessions an alias of their own in SERVERS.",
-        )
+    yield from starmap(
+        Problem,
+        server_problems(
+            tuple(settings.servers), settings.copies, django_settings.DATABASES, _other_kind
+        ),
+    )
     if settings.listen is not None and settings.listen not in django_settings.DATABASES:
         yield Problem(
             "E009",
@@ -178,12 +169,54 @@ def relations() -> Iterator[Problem]:
             f"LOCKING is 'exclusive', but MIDDLEWARE lacks {MIDDLEWARE!r}.",
             "It gives a session back when its request ends. Put it in the place of Django's.",
         )
+    yield from _node_cookie_relations(settings)
     if not is_in_use():
         yield Problem(
             "W001",
             f"SESSION_ENGINE is {django_settings.SESSION_ENGINE!r}, so deferred_sessions "
             "is installed but not used.",
             f"Set SESSION_ENGINE = {ENGINE!r}.",
+        )
+
+    if len(settings.servers) > 1:
+        yield Problem(
+            "W021",
+            f"{NAME}['SERVERS'] names several servers, of which this version can use one.",
+            "Sessions will not be served; `migrate --database` works for each.",
+        )
+    if settings.server != DEFAULT_DB_ALIAS and ROUTER not in django_settings.DATABASE_ROUTERS:
+        yield Problem(
+            "W022",
+            f"SERVERS names {settings.server!r}, but DATABASE_ROUTERS lacks {ROUTER!r}.",
+            "Without it the model looks for sessions in the default database.",
+        )
+
+
+def _other_kind(alias: str) -> str | None:
+    connection = connections[alias]
+    return None if connection.vendor == "postgresql" else str(connection.display_name)
+
+
+def _node_cookie_relations(settings: Settings) -> Iterator[Problem]:
+    if settings.node_cookie is None:
+        return
+    if settings.node is None:
+        yield Problem(
+            "E021",
+            "NODE_COOKIE is set, but NODE is not, so the cookie would have nothing to say.",
+            "Give each node its name as in the director's configuration, such as 'web1'.",
+        )
+    if settings.node_cookie in site().cookies:
+        yield Problem(
+            "E022",
+            f"NODE_COOKIE is {settings.node_cookie!r}, a cookie that Django uses.",
+            "Name another one, such as 'sessionnode'.",
+        )
+    if MIDDLEWARE not in django_settings.MIDDLEWARE:
+        yield Problem(
+            "E023",
+            f"NODE_COOKIE is set, but MIDDLEWARE lacks {MIDDLEWARE!r}, which sets the cookie.",
+            "Put it in the place of Django's.",
         )
 
 
@@ -207,7 +240,7 @@ def get_settings() -> Settings:
         if values.get(name) is not None:
             values[name] = Path(values[name])
     for name in ("servers", "write_through_keys"):
-        if name in values:
+        if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
     return Settings(**values)
 
@@ -233,6 +266,38 @@ def traits() -> dict[str, tuple[str, ...]]:
 def saves_every_request() -> bool:
     """Tell whether a session is saved at the end of each request that has one."""
     return bool(django_settings.SESSION_SAVE_EVERY_REQUEST)
+
+
+class Site(NamedTuple):
+    """What Django's settings say about how the site is reached."""
+
+    host: str
+    """A name that ALLOWED_HOSTS allows."""
+    cookies: tuple[str, ...]
+    """The names that are taken."""
+
+
+def site() -> Site:
+    """Return how the site is reached."""
+    named = [host.lstrip(".") for host in django_settings.ALLOWED_HOSTS if host.strip(".*")]
+    cookies = (
+        django_settings.SESSION_COOKIE_NAME,
+        django_settings.CSRF_COOKIE_NAME,
+        django_settings.LANGUAGE_COOKIE_NAME,
+        "messages",
+    )
+    return Site(named[0] if named else "localhost", cookies)
+
+
+def cookie_attributes() -> dict[str, Any]:
+    """Return how a cookie is set that goes where the session's goes, until the browser ends."""
+    return {
+        "domain": django_settings.SESSION_COOKIE_DOMAIN,
+        "path": django_settings.SESSION_COOKIE_PATH,
+        "secure": django_settings.SESSION_COOKIE_SECURE or None,
+        "httponly": True,
+        "samesite": django_settings.SESSION_COOKIE_SAMESITE,
+    }
 
 
 def session_serializer() -> Any:
@@ -271,93 +336,3 @@ def _forget(*, setting: str, **_: object) -> None:
 
 
 setting_changed.connect(_forget, dispatch_uid="deferred_sessions.conf")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-
-
-_SWITCH = (lambda value: isinstance(value, bool), "True or False")
-_COUNT = (
-    lambda value: value is None or _is_whole(value, 2),
-    "None or a whole number of at least 2",
-)
-_PLACE = (
-    lambda value: (
-        value is None
-        or (isinstance(value, str | Path) and Path(value).is_absolute() and "\0" not in str(value))
-    ),
-    "None or an absolute path",
-)
-_RULES: Final[Mapping[str, tuple[Any, str]]] = {
-    "FLUSH_INTERVAL": (
-        lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
-        "a positive number of seconds, such as 60.0, and at most a day",
-    ),
-    "FLUSH_AFTER_UPDATES": _COUNT,
-    "FLUSH_AFTER_REQUESTS": _COUNT,
-    "FLUSH_AT_REQUEST_END": _SWITCH,
-    "WRITE_ON_CREATE": _SWITCH,
-    "WRITE_THROUGH_KEYS": (_is_names, "a list of session keys, such as ['_auth_user_id']"),
-    "LOCKING": (
-        lambda value: value in LOCKING,
-        "'merge', 'exclusive' or 'last-write-wins'",
-    ),
-    "LOCK_TIMEOUT": (
-        lambda value: _is_number(value) and 0 <= value <= MAX_INTERVAL,
-        "a number of seconds, such as 10.0",
-    ),
-    "AGENT": _SWITCH,
-    "CREATE_WHEN_DOWN": _SWITCH,
-    "BATCH_SIZE": (
-        lambda value: _is_whole(value, 1) and value <= MAX_BATCH_SIZE,
-        f"a whole number from 1 to {MAX_BATCH_SIZE}",
-    ),
-    "DIRECTORY": _PLACE,
-    "STORE_SIZE": (
-        lambda value: _is_whole(value, MIN_STORE_SIZE) and value <= MAX_STORE_SIZE,
-        f"a whole number of bytes, from {MIN_STORE_SIZE} (4 MiB) to {MAX_STORE_SIZE} (64 GiB)",
-    ),
-    "JOURNAL_DIRECTORY": _PLACE,
-    "JOURNAL_SIZE": (
-        lambda value: _is_whole(value, MIN_JOURNAL_SIZE) and value <= MAX_STORE_SIZE,
-        f"a whole number of bytes, from {MIN_JOURNAL_SIZE} (1 MiB) to {MAX_STORE_SIZE} (64 GiB)",
-    ),
-    "JOURNAL_AGE": (
-        lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
-        "a positive number of seconds, such as 300.0, and at most a day",
-    ),
-    "SYNC_INTERVAL": (
-        lambda value: _is_number(value) and 0 <= value <= MAX_SYNC_INTERVAL,
-        f"a number of seconds, such as 0.1, from 0 to {MAX_SYNC_INTERVAL}",
-    ),
-    "NODE": (
-        lambda value: value is None or (isinstance(value, str) and bool(IS_NAME(value))),
-        "None or a name of 1 to 63 letters, digits, '.', '_', ':' and '-'",
-    ),
-    "HEARTBEAT_INTERVAL": (
-        lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
-        "a positive number of seconds, such as 1.0",
-    ),
-    "NODE_TIMEOUT": (
-        lambda value: _is_number(value) and 0 < value <= MAX_INTERVAL,
-        "a positive number of seconds, such as 10.0",
-    ),
-    "LISTEN": (
-        lambda value: value is None or isinstance(value, str),
-        "None or a database alias, such as 'direct'",
-    ),
-    "CACHE_SIZE": (lambda value: _is_whole(value, 0), "a whole number of sessions, 0 or more"),
-    "SERVERS": (
-        lambda value: _is_names(value) and len(value) == 1,
-        "a list with one database alias, such as ['default']",
-    ),
-}

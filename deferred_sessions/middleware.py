@@ -5,8 +5,9 @@
 It does what Django's does, and besides: under ASGI it never leaves the event loop for a
 session in memory; it gives back a session that was claimed for the request (`LOCKING`
 "exclusive"), however the request ends; and where Django's answers with an internal
-error because a session is busy or PostgreSQL is away, it says 503, come again. Invariant:
-an answer of 503 leaves the visitor's cookie alone.
+error because a session is busy or PostgreSQL is away, it says 503, come again. With
+`NODE_COOKIE` it names the node to visitors who have a session. Invariant: an answer of 503
+leaves the visitor's cookie alone.
 """
 
 from __future__ import annotations
@@ -45,6 +46,14 @@ class SessionMiddleware(DjangoSessionMiddleware):
     def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse | None:
         """Answer for a view that failed because its session was out of reach."""
         return self._come_again(request, exception) if isinstance(exception, TROUBLE) else None
+
+    def process_response(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
+        """Save the session and set its cookie, and the one that names this node."""
+        answer = super().process_response(request, response)
+        runtime = get_runtime_in_use()
+        if runtime is not None and runtime.node_cookie is not None:
+            runtime.node_cookie.mark(request, answer)
+        return answer
 
     def _serve(self, request: HttpRequest, runtime: Runtime) -> HttpResponseBase:
         with runtime.busy.request():

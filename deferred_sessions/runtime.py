@@ -8,26 +8,32 @@ process has at most one runtime, and a changed setting makes a new one.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 from deferred_sessions.acquisition import Acquisition
 from deferred_sessions.agent import Agent
 from deferred_sessions.busy import Busy
 from deferred_sessions.bypass import Bypass
+from deferred_sessions.condition import ConditionReader
 from deferred_sessions.conf import (
     NAME,
     Settings,
+    Site,
+    cookie_attributes,
     get_settings,
     is_in_use,
     is_under_test,
     saves_every_request,
     session_serializer,
+    site,
     store_identity,
     traits,
 )
@@ -43,6 +49,7 @@ from deferred_sessions.memory.directory import default_directory
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
+from deferred_sessions.node_cookie import NodeCookie
 from deferred_sessions.overlap import Overlap
 from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
 from deferred_sessions.refusals import Refusals
@@ -93,6 +100,11 @@ class Runtime:
     agent: Agent
     request_end: RequestEnd
     statistics: StatisticsReader
+    condition: ConditionReader
+    node_cookie: NodeCookie | None
+    """What the middleware names the node with, or None."""
+    site: Callable[[], Site]
+    """Returns how the site is reached, for the director."""
 
     def close(self) -> None:
         """End the agent and unmap what is mapped; the next use of a part maps it again."""
@@ -125,7 +137,15 @@ def reset_runtime() -> None:
 
 
 def build_runtime(settings: Settings, identity: str, serializer: type[Serializer]) -> Runtime:
-    """Wire the parts for these settings; does no I/O."""
+    """Wire the parts for these settings; does no I/O.
+
+    Raises:
+        ImproperlyConfigured: Several session servers, or copies, are wanted.
+    """
+    if len(settings.servers) > 1 or settings.copies > 1:
+        raise ImproperlyConfigured(
+            "DEFERRED_SESSIONS wants several SERVERS or COPIES, of which this version can use one."
+        )
     directory = settings.directory or default_directory(identity)
     policy = settings.policy
     size = settings.store_size
@@ -273,6 +293,9 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             flush=settings.flush_at_request_end,
         ),
         statistics=StatisticsReader(store=store, counters=counters, flusher=flusher),
+        condition=ConditionReader(store=store, server=server, flusher=flusher, policy=policy),
+        node_cookie=_node_cookie(settings),
+        site=site,
     )
 
 
@@ -280,6 +303,12 @@ def _default_name(directory: Path) -> str:
     """Return the name of the host, and of its store if there could be others."""
     digest = blake2b(str(directory).encode(), digest_size=3).hexdigest()
     return f"{os.uname().nodename[:40]}:{digest}"
+
+
+def _node_cookie(settings: Settings) -> NodeCookie | None:
+    if settings.node_cookie is None or settings.node is None:
+        return None
+    return NodeCookie(settings.node_cookie, settings.node, cookie_attributes)
 
 
 def _owner(name: str, store: HostStore) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 from django.contrib.auth import authenticate, login, logout
 from django.http import HttpRequest, HttpResponse, JsonResponse
@@ -67,6 +68,13 @@ def fail(request: HttpRequest) -> HttpResponse:
 
 
 @csrf_exempt
+def die(_: HttpRequest) -> HttpResponse:
+    """Take the worker along."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return HttpResponse("never seen")
+
+
+@csrf_exempt
 def log_in(request: HttpRequest) -> JsonResponse:
     """Log in with `username` and `password`."""
     user = authenticate(
@@ -107,6 +115,7 @@ urlpatterns = [
     path("read/<key>/", read),
     path("nothing/", nothing),
     path("fail/", fail),
+    path("die/", die),
     path("login/", log_in),
     path("logout/", log_out),
 ]

@@ -1,7 +1,8 @@
 """Settings of the test project.
 
 Everything that differs between a test run, the demo and a benchmark comes from the
-environment: DATABASE_URL, BROKER_URL, SESSION_DIRECTORY, DEFERRED_SESSIONS (JSON).
+environment: DATABASE_URL, BROKER_URL, SESSION_DIRECTORY, and as JSON DEFERRED_SESSIONS and
+SESSION_DATABASES (URLs by alias).
 """
 
 from __future__ import annotations
@@ -71,7 +72,12 @@ TEMPLATES = [
 
 DATABASES = {
     "default": dj_database_url.parse(os.environ["DATABASE_URL"], conn_max_age=60),
+    **{
+        alias: dj_database_url.parse(url, conn_max_age=60)
+        for alias, url in json.loads(os.environ.get("SESSION_DATABASES", "{}")).items()
+    },
 }
+DATABASE_ROUTERS = ["deferred_sessions.router.SessionRouter"]
 
 if "DIRECT_URL" in os.environ:  # past a pooler
     DATABASES["direct"] = dj_database_url.parse(os.environ["DIRECT_URL"])

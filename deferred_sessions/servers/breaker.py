@@ -26,6 +26,16 @@ class Breaker:
         self.clock = clock
         self._failures = 0
         self._closed_until = 0.0
+        self._seen_at: float | None = None
+
+    @property
+    def is_broken(self) -> bool:
+        """The last attempt to connect failed."""
+        return self._failures > 0
+
+    def seen_ago(self) -> float | None:
+        """Return seconds since the last attempt to connect, however it ended; None if none."""
+        return None if self._seen_at is None else max(0.0, self.clock() - self._seen_at)
 
     def pause(self) -> float:
         """Return how many seconds to leave the server alone; 0 asks the caller to try.
@@ -43,9 +53,11 @@ class Breaker:
     def failed(self) -> None:
         """Take note that the server could not be reached."""
         self._failures += 1
+        self._seen_at = self.clock()
         longest = min(LONGEST, FIRST * 2.0 ** min(self._failures - 1, 10))
         self._closed_until = self.clock() + longest * random.uniform(0.5, 1.0)  # noqa: S311
 
     def succeeded(self) -> None:
         """Take note that the server could be reached."""
         self._failures = 0
+        self._seen_at = self.clock()

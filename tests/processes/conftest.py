@@ -57,10 +57,10 @@ class Web:
 
     def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
         self.process = process
-        self._port = port
+        self.port = port
 
     def url(self, path: str) -> str:
-        return f"http://localhost:{self._port}{path}"
+        return f"http://localhost:{self.port}{path}"
 
     def workers(self) -> list[int]:
         """Return the process ids of the workers."""
@@ -119,10 +119,11 @@ class Site:
         )
         return done.stdout
 
-    def web(self, *options: str, application: str = "testproject.wsgi") -> Web:
-        """Start gunicorn and wait until it answers."""
+    def web(self, *options: str, application: str = "testproject.wsgi", port: int = 0) -> Web:
+        """Start gunicorn, on a free port or on `port`, and wait until it answers."""
         with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
             listener.listen(128)
             descriptor, port = listener.fileno(), listener.getsockname()[1]
             process = self.start(

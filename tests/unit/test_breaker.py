@@ -52,3 +52,14 @@ def test_pauses_grow_up_to_a_bound() -> None:
         assert longest / 2 <= breaker.pause() <= longest
         clock.now += LONGEST
         assert breaker.pause() == 0
+
+
+def test_what_was_found_out_last() -> None:
+    clock = Clock()
+    breaker = Breaker(clock)
+    assert (breaker.is_broken, breaker.seen_ago()) == (False, None)
+    breaker.failed()
+    clock.now += 7
+    assert (breaker.is_broken, breaker.seen_ago()) == (True, 7)
+    breaker.succeeded()
+    assert (breaker.is_broken, breaker.seen_ago()) == (False, 0)

@@ -10,7 +10,8 @@ from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 
 from deferred_sessions.checks import check_settings
-from deferred_sessions.conf import get_settings, problems, store_identity
+from deferred_sessions.conf import ROUTER, get_settings, problems, site, store_identity
+from deferred_sessions.runtime import get_runtime
 
 
 def ids() -> list[str | None]:
@@ -69,12 +70,14 @@ BAD: dict[str, list[Any]] = {
     "JOURNAL_SIZE": [0, 1024, "64M", 10**15, None],
     "JOURNAL_AGE": [0, -1, "300", None, float("inf")],
     "SYNC_INTERVAL": [-0.1, 61, "0.1", None, True],
-    "NODE": ["", "a#b", "a b", 3, "x" * 64],
     "HEARTBEAT_INTERVAL": [0, "1", None],
     "NODE_TIMEOUT": [0, "10", None, float("inf")],
     "LISTEN": [3, ["default"]],
     "CACHE_SIZE": [-1, None, 1.5],
-    "SERVERS": ["default", [], ["a", "b"], [3], None],
+    "NODE": ["", "a b", "-a", "é", "x" * 41, 1, "a;b", "a#b", "a\n"],
+    "NODE_COOKIE": ["", "a b", "a-b", "1a", "x" * 65, 1, "a\n"],
+    "SERVERS": ["default", [], {}, [3], None, ["a", "a"], [""], {"a": 0}, {"a": "1"}, {1: 1.0}],
+    "COPIES": [0, -1, 1.0, "2", None, True],
 }
 
 
@@ -104,7 +107,10 @@ GOOD: dict[str, list[Any]] = {
     "DIRECTORY": [None, "/dev/shm/x", Path("/dev/shm/x")],
     "CACHE_SIZE": [0, 5],
     "WRITE_THROUGH_KEYS": [[], ("a",), ["a", "b"]],
-    "SERVERS": [["default"], ("default",)],
+    "NODE": [None, "web1", "1", "a.b-c_d"],
+    "NODE_COOKIE": [None],
+    "SERVERS": [["default"], ("default",), {"default": 1}, {"default": 2.5}],
+    "COPIES": [1],
 }
 
 
@@ -131,12 +137,68 @@ def test_e005_unknown_database(settings: Any) -> None:
     assert ids() == ["deferred_sessions.E005"]
 
 
+def test_e024_more_copies_than_servers(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"COPIES": 2}
+    assert ids() == ["deferred_sessions.E024"]
+    with pytest.raises(ImproperlyConfigured, match="COPIES"):
+        get_runtime()
+
+
+def test_w021_several_servers(settings: Any) -> None:
+    """Nobody may think that the second one is used."""
+    settings.DEFERRED_SESSIONS = {"SERVERS": {"default": 1, "other": 2}}
+    assert "deferred_sessions.W021" in ids()
+    with pytest.raises(ImproperlyConfigured, match="SERVERS"):
+        get_runtime()
+
+
+def test_w022_another_database_without_the_router(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"SERVERS": ["other"]}
+    settings.DATABASE_ROUTERS = []
+    assert "deferred_sessions.W022" in ids()
+    settings.DATABASE_ROUTERS = [ROUTER]
+    assert "deferred_sessions.W022" not in ids()
+
+
 def test_e008_exclusive_without_the_middleware(settings: Any) -> None:
     settings.DEFERRED_SESSIONS = {"LOCKING": "exclusive"}
     assert check_settings() == []
     settings.MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
 
     assert [m.id for m in check_settings()] == ["deferred_sessions.E008"]
+
+
+def test_e021_a_node_without_a_name(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode"}
+    assert ids() == ["deferred_sessions.E021"]
+    settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode", "NODE": "web1"}
+    assert ids() == []
+
+
+@pytest.mark.parametrize("name", ["sessionid", "csrftoken", "django_language", "messages"])
+def test_e022_a_cookie_of_django(settings: Any, name: str) -> None:
+    settings.DEFERRED_SESSIONS = {"NODE_COOKIE": name, "NODE": "web1"}
+    assert ids() == ["deferred_sessions.E022"]
+
+
+def test_e023_nobody_sets_the_cookie(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"NODE_COOKIE": "sessionnode", "NODE": "web1"}
+    settings.MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
+    assert [m.id for m in check_settings()] == ["deferred_sessions.E023"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "host"),
+    [
+        ([], "localhost"),
+        (["*"], "localhost"),
+        (["*", "shop.example.com"], "shop.example.com"),
+        ([".example.com"], "example.com"),
+    ],
+)
+def test_the_host_that_checks_ask_for(settings: Any, allowed: list[str], host: str) -> None:
+    settings.ALLOWED_HOSTS = allowed
+    assert site().host == host
 
 
 def test_e006_not_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:

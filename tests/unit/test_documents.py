@@ -6,17 +6,20 @@ import ast
 import inspect
 import re
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from django.core.management import call_command
 
-from deferred_sessions import conf, exceptions, schedule
+from deferred_sessions import conf, exceptions, schedule, topology
 from deferred_sessions.conf import Settings
 from deferred_sessions.management.commands.flushsessions import Command
 from deferred_sessions.memory.counters import Counter
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DIRECTOR = (ROOT / "docs" / "director.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 PACKAGE = ROOT / "deferred_sessions"
 
@@ -45,7 +48,9 @@ def test_every_setting_with_its_default() -> None:
 
 def test_every_check() -> None:
     documented = [code(row[0])[0] for row in rows(README, "Checks")]
-    used = sorted(set(re.findall(r'"([EW]\d{3})"', inspect.getsource(conf))))
+    used = sorted(
+        set(re.findall(r'"([EW]\d{3})"', inspect.getsource(conf) + inspect.getsource(topology)))
+    )
     assert documented == [f"deferred_sessions.{code}" for code in used]
 
 
@@ -95,8 +100,19 @@ def test_every_claim_has_its_tests(row: list[str]) -> None:
     assert claim in sources
 
 
+@pytest.mark.parametrize("kind", ["haproxy", "nginx"])
+def test_the_director_is_configured_as_documented(kind: str) -> None:
+    """The page shows what the command prints, to the letter."""
+    command = rf"manage\.py sessionproxy ({kind} [^\n]+)\n\n```[a-z]*\n(.*?)```"
+    found = re.search(command, DIRECTOR, re.DOTALL)
+    assert found
+    output = StringIO()
+    call_command("sessionproxy", *found[1].split(), stdout=output)
+    assert output.getvalue() == found[2]
+
+
 def test_every_test_that_is_named_exists() -> None:
     for name in re.findall(
-        r"`(?:tests/)?((?:unit|integration|processes|cluster)/\w+\.py)`", ARCHITECTURE
+        r"`(?:tests/)?((?:unit|integration|processes|cluster|director)/\w+\.py)`", ARCHITECTURE
     ):
         assert (ROOT / "tests" / name).exists(), name

@@ -19,8 +19,9 @@ class Command(BaseCommand):
 
     help = (
         "Before this host goes away: write its sessions to PostgreSQL and release them, so that "
-        "other hosts take them over at once. Take it out of the load balancer first. Run it on "
-        "the host, and as the user, of the web processes. Safe to repeat."
+        "other hosts take them over at once. The health URL says from now on that it is going; take "
+        "it out of the load balancer, too. Run it on the host, and as the user, of the web "
+        "processes. Safe to repeat; `sessionproxy resume` takes it back."
     )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -40,6 +41,7 @@ class Command(BaseCommand):
             self.stdout.write("This host has no sessions in memory.")
             return
         began = time.monotonic()
+        runtime.condition.drain(time.time())
         try:
             released, stayed = self._drain(runtime, began + options["timeout"])
         except DeferredSessionsError as error:
