@@ -22,7 +22,13 @@ from tests.plugins.postgres import database_url
 
 pytestmark = pytest.mark.django_db(transaction=True)
 ROOT = Path(__file__).parents[2]
-OURS = {"deferred_sessions_session", "deferred_sessions_revocation"}
+OURS = {
+    "deferred_sessions_session",
+    "deferred_sessions_revocation",
+    "deferred_sessions_node",
+    "deferred_sessions_waiter",
+    "deferred_sessions_refused_write",
+}
 
 SAVE = """
 from deferred_sessions.backend import SessionStore

@@ -165,7 +165,7 @@ def test_a_slow_reader_makes_writers_wait(
         for _ in range(store.status().size // 4096):
             store.set_note("x", b"1")
 
-    monkeypatch.setattr("deferred_sessions.memory.store.PAUSES", _pauses_until(reader.abort))
+    monkeypatch.setattr("deferred_sessions.memory.transactions.PAUSES", _pauses_until(reader.abort))
     store.set_note("x", b"1")
 
 

@@ -19,8 +19,8 @@ class Command(BaseCommand):
 
     help = (
         "Before this host goes away: write its sessions to PostgreSQL and release them, so that "
-        "other hosts take them over at once. The health URL says from now on that it is going; take "
-        "it out of the load balancer, too. Run it on the host, and as the user, of the web "
+        "other hosts take them over at once. The health URL says from now on that it is going; "
+        "take it out of the load balancer, too. Run it on the host, and as the user, of the web "
         "processes. Safe to repeat; `sessionproxy resume` takes it back."
     )
 
