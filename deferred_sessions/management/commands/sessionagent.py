@@ -16,7 +16,8 @@ class Command(BaseCommand):
 
     help = (
         "Do this host's background duties until interrupted or terminated: end sessions that "
-        "were deleted in PostgreSQL, flush if nobody else does. Run it on the host, and as the "
+        "were deleted in PostgreSQL, give up those that other hosts ask for, tell them that this "
+        "one lives, sync the journal, flush if nobody else does. Run it on the host, and as the "
         "user, of the web processes; needed only with DEFERRED_SESSIONS['AGENT'] = False, "
         "else web processes do it."
     )
