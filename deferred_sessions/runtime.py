@@ -28,12 +28,14 @@ from deferred_sessions.conf import (
     store_identity,
 )
 from deferred_sessions.encoding import RowEncoder
+from deferred_sessions.figures import FiguresReader
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.intake import Intake
 from deferred_sessions.memory.cache import SessionCache
 from deferred_sessions.memory.claims import Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
+from deferred_sessions.memory.history import History
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.overlap import Overlap
@@ -41,7 +43,6 @@ from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
 from deferred_sessions.request_end import RequestEnd
 from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.statistics import StatisticsReader
 from deferred_sessions.tiers import Tiers
 from deferred_sessions.write_through import WriteThrough
 from deferred_sessions.writer import RecordWriter
@@ -79,7 +80,7 @@ class Runtime:
     revocations: Revocations
     agent: Agent
     request_end: RequestEnd
-    statistics: StatisticsReader
+    statistics: FiguresReader
 
     def close(self) -> None:
         """End the agent and unmap what is mapped; the next use of a part maps it again."""
@@ -133,6 +134,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     store.on_evicted = partial(counters.add, Counter.EVICTIONS)
     server = SessionServer(settings.server, owner=partial(_owner, store))
     claims = Claims(directory)
+    claims.on_waited = partial(_count_wait, counters)
     encoder = RowEncoder()
     writer = RecordWriter(store, server, encoder, counters, policy)
     intake = Intake(store, server, encoder)
@@ -147,8 +149,21 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         batch_size=settings.batch_size,
         journal_age=settings.journal_age,
     )
+    figures = FiguresReader(
+        store=store,
+        counters=counters,
+        flusher=flusher,
+        history=History(directory),
+        interval=policy.interval,
+        node=os.uname().nodename,
+    )
     agent = Agent(
-        store=store, server=server, flusher=flusher, revocations=revocations, policy=policy
+        store=store,
+        server=server,
+        flusher=flusher,
+        revocations=revocations,
+        figures=figures,
+        policy=policy,
     )
     return Runtime(
         settings=settings,
@@ -205,8 +220,16 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             policy=policy,
             flush=settings.flush_at_request_end,
         ),
-        statistics=StatisticsReader(store=store, counters=counters, flusher=flusher),
+        statistics=figures,
     )
+
+
+def _count_wait(counters: Counters, seconds: float, was_in_vain: bool) -> None:
+    """Count that somebody waited for a session that others held."""
+    counters.add(Counter.LOCK_WAITS)
+    counters.add(Counter.LOCK_WAIT_MILLISECONDS, round(1000 * seconds))
+    if was_in_vain:
+        counters.add(Counter.LOCK_TIMEOUTS)
 
 
 def _owner(store: HostStore) -> str:

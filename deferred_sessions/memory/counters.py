@@ -75,6 +75,12 @@ class Counter(IntEnum):
     """Keys that overlapping requests both changed; the later save stood."""
     REVOKED = 20
     """Sessions in memory that somebody deleted or changed in PostgreSQL."""
+    LOCK_WAITS = 27
+    """Claims on sessions, or portions of them, that had to wait for others."""
+    LOCK_WAIT_MILLISECONDS = 28
+    """How long they waited, all together."""
+    LOCK_TIMEOUTS = 29
+    """Claims that gave up waiting."""
 
 
 class Counters:

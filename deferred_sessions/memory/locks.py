@@ -51,6 +51,15 @@ class ProcessLock:
             self._files.add(file)
             yield _lock(file, wait=wait)
 
+    def is_taken(self) -> bool:
+        """Tell whether anybody holds the lock, without taking it."""
+        try:
+            with FileIO(self._path, "r+", opener=_opener) as file:
+                answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _WHOLE)
+        except FileNotFoundError:  # the directory
+            return False
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
 
 def _opener(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
