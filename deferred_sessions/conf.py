@@ -34,6 +34,7 @@ MIN_JOURNAL_SIZE: Final = 1 << 20
 MAX_SYNC_INTERVAL: Final = 60
 MAX_BATCH_SIZE: Final = 10_000
 MAX_INTERVAL: Final = 86_400  # seconds
+MAX_PROXIES: Final = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,10 @@ class Settings:
     """Seconds of changes that a crash of the host may cost; 0 = each save waits for the disk."""
     cache_size: int = 10_000
     """Decoded sessions each process keeps."""
+    record_client: bool = False
+    """Have the middleware note address and browser in sessions that are saved."""
+    trusted_proxies: int = 0
+    """Proxies of the site's own in front of it, which tell whom they heard a request from."""
     servers: tuple[str, ...] = (DEFAULT_DB_ALIAS,)
     """The database alias that holds the sessions; exactly one in this version."""
 
@@ -302,6 +307,11 @@ _RULES: Final[Mapping[str, tuple[Any, str]]] = {
         f"a number of seconds, such as 0.1, from 0 to {MAX_SYNC_INTERVAL}",
     ),
     "CACHE_SIZE": (lambda value: _is_whole(value, 0), "a whole number of sessions, 0 or more"),
+    "RECORD_CLIENT": _SWITCH,
+    "TRUSTED_PROXIES": (
+        lambda value: _is_whole(value, 0) and value <= MAX_PROXIES,
+        f"the number of proxies, from 0 to {MAX_PROXIES}",
+    ),
     "SERVERS": (
         lambda value: _is_names(value) and len(value) == 1,
         "a list with one database alias, such as ['default']",

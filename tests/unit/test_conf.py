@@ -70,6 +70,8 @@ BAD: dict[str, list[Any]] = {
     "JOURNAL_AGE": [0, -1, "300", None, float("inf")],
     "SYNC_INTERVAL": [-0.1, 61, "0.1", None, True],
     "CACHE_SIZE": [-1, None, 1.5],
+    "RECORD_CLIENT": [1, "yes", None],
+    "TRUSTED_PROXIES": [-1, 11, 1.0, True, None],
     "SERVERS": ["default", [], ["a", "b"], [3], None],
 }
 
@@ -100,6 +102,7 @@ GOOD: dict[str, list[Any]] = {
     "DIRECTORY": [None, "/dev/shm/x", Path("/dev/shm/x")],
     "CACHE_SIZE": [0, 5],
     "WRITE_THROUGH_KEYS": [[], ("a",), ["a", "b"]],
+    "TRUSTED_PROXIES": [0, 3],
     "SERVERS": [["default"], ("default",)],
 }
 
