@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from django.utils.crypto import constant_time_compare, salted_hmac
+from django.utils.crypto import salted_hmac
 
 SHOWN: Final = 4  # characters of a key that pages show; 21 of its 165 bits
 SEARCHED: Final = 8  # characters that a search may go by: more would be a way to guess keys
@@ -35,8 +35,3 @@ def beginning_of(handle: str) -> str | None:
     """Return how the key of `handle` begins; None if it is no handle."""
     beginning, dot, digest = handle.partition(".")
     return beginning if dot and len(beginning) == SHOWN and len(digest) == DIGITS else None
-
-
-def is_handle_of(handle: str, key: str) -> bool:
-    """Tell whether `handle` was made of `key`."""
-    return constant_time_compare(handle, handle_of(key))

@@ -11,6 +11,9 @@ a field here it would make Django's checks connect to the database.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from django.contrib.sessions.base_session import AbstractBaseSession, BaseSessionManager
@@ -18,7 +21,7 @@ from django.db import models
 from django.db.models.functions import Now
 from django.utils.translation import gettext_lazy as _
 
-from deferred_sessions.handles import beginning_of, handle_of, is_handle_of, shortened
+from deferred_sessions.handles import beginning_of, handle_of, shortened
 from deferred_sessions.user_sessions import end_sessions, user_id_of, write_sessions_of
 
 if TYPE_CHECKING:
@@ -53,14 +56,18 @@ class SessionQuerySet(models.QuerySet["Session"]):
         """
         return end_sessions(self.order_by().values_list("pk", flat=True), time.time())
 
+    def by_handles(self, handles: Iterable[str]) -> Self:
+        """Return those sessions that `handles` stand for, see `Session.handle`."""
+        wanted = {handle: beginning_of(handle) for handle in handles}
+        beginnings = [models.Q(pk__startswith=b) for b in set(wanted.values()) if b is not None]
+        if not beginnings:
+            return self.none()
+        keys = self.filter(reduce(or_, beginnings)).order_by().values_list("pk", flat=True)
+        return self.filter(pk__in=[key for key in keys if handle_of(key) in wanted])
+
     def by_handle(self, handle: str) -> Session | None:
-        """Return the session that `handle` stands for, see `Session.handle`; None if it is gone."""
-        beginning = beginning_of(handle)
-        if beginning is None:
-            return None
-        keys = self.filter(pk__startswith=beginning).order_by().values_list("pk", flat=True)
-        found = next((key for key in keys if is_handle_of(handle, key)), None)
-        return None if found is None else self.filter(pk=found).first()
+        """Return the session that `handle` stands for; None if it is gone."""
+        return self.by_handles([handle]).first()
 
 
 class SessionManager(BaseSessionManager.from_queryset(SessionQuerySet)):  # type: ignore[misc]
