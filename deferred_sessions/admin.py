@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from typing import Any, Final, cast
 
 from django.contrib import admin, messages
@@ -22,8 +23,11 @@ from django.db.models.functions import Length
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.template.response import TemplateResponse
 from django.urls import path, reverse
+from django.utils.formats import date_format
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
+from django.utils.timesince import timesince, timeuntil
+from django.utils.timezone import localtime
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
@@ -103,7 +107,7 @@ class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     def get_list_display(self, request: HttpRequest) -> Any:  # noqa: ARG002
         """Return the columns."""
-        columns = ["name", "user", "state", "active_at", "created_at", "expires_at", "size", "node"]
+        columns = ["name", "user", "state", "active", "created", "expires", "size", "node"]
         return [*columns, "address", "browser"] if _records_client() else columns
 
     def get_changelist(self, request: HttpRequest, **_: Any) -> type[SessionChangeList]:  # noqa: ARG002
@@ -130,7 +134,8 @@ class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             query = request.GET.copy()
             query["q"] = " ".join(w[:SEARCHED] if looks_like_a_key(w) else w for w in words)
             return HttpResponseRedirect(f"{request.path}?{query.urlencode()}")
-        return super().changelist_view(request, extra_context)
+        context = {"title": _("Sessions"), **(extra_context or {})}
+        return super().changelist_view(request, context)
 
     @admin.display(description=_("session"))
     def name(self, session: Any) -> str:
@@ -158,19 +163,19 @@ class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         )
 
     @admin.display(description=_("last activity"), ordering="written_at")
-    def active_at(self, session: Any) -> Any:
+    def active(self, session: Any) -> str:
         """Return when it was used."""
-        return session.page.active_at
+        return _moment(session.page.active_at, _("%s ago"), timesince)
 
     @admin.display(description=_("created"), ordering="created_at")
-    def created_at(self, session: Any) -> Any:
+    def created(self, session: Any) -> str:
         """Return when it was created."""
-        return session.page.created_at
+        return _moment(session.page.created_at, _("%s ago"), timesince)
 
     @admin.display(description=_("expires"), ordering="expire_date")
-    def expires_at(self, session: Any) -> Any:
+    def expires(self, session: Any) -> str:
         """Return when it expires."""
-        return session.page.expires_at
+        return _moment(session.page.expires_at, _("in %s"), timeuntil)
 
     @admin.display(description=_("bytes"), ordering="stored_size")
     def size(self, session: Any) -> str:
@@ -378,6 +383,12 @@ class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             )
             for session in sessions
         )
+
+
+def _moment(at: datetime, form: Any, distance: Callable[..., str]) -> SafeString:
+    """Return how far a time is away, with the time itself to be had by pointing at it."""
+    exact = date_format(localtime(at), "DATETIME_FORMAT")
+    return format_html('<span title="{}">{}</span>', exact, form % distance(at, depth=1))
 
 
 def _records_client() -> bool:

@@ -16,6 +16,7 @@ from django.test import override_settings
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.client import KEY as CLIENT_KEY
+from deferred_sessions.handles import handle_of
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
 from deferred_sessions.statistics import Counter
@@ -151,6 +152,22 @@ def test_flushing_some(runtime: Runtime) -> None:
     report = runtime.flusher.flush_sessions([str(first.session_key), "unknown0"], time.time())
     assert (report.rows, report.by) == (1, "request")
     assert (row(first.session_key), row(second.session_key)) == ({"n": 1}, {"n": 0})
+
+
+def test_the_page_of_the_shop_ends_only_ones_own(ann: User, runtime: Runtime) -> None:
+    ben = User.objects.create_user("ben")
+    browsers = [Browser() for _ in range(3)]
+    for browser, user in zip(browsers, (ann, ann, ben), strict=True):
+        browser.force_login(user)
+    handles = [handle_of(browser.cookies["sessionid"].value) for browser in browsers]
+    html = browsers[0].get("/devices/").content.decode()
+    assert handles[1] in html
+    assert handles[2] not in html
+    for handle in handles[1:]:
+        assert browsers[0].post(f"/devices/{handle}/").status_code == 302
+    assert "/login/" in browsers[1].get("/devices/")["Location"]
+    assert browsers[2].get("/devices/").status_code == 200
+    assert browsers[0].get("/devices/elsewhere/").status_code == 405
 
 
 def test_the_client_is_recorded_only_where_a_session_is_saved_anyway(

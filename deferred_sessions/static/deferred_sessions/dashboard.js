@@ -45,7 +45,7 @@
     dirty: [{ name: "dirty", label: "dirty", colour: "--ds-c1", fill: true }],
     oldest: [{ name: "oldest", label: "age", colour: "--ds-c1", fill: true, text: seconds }],
     flush: [{ name: "flush_seconds", label: "duration", colour: "--ds-c1", fill: true, text: seconds }],
-    batch: [{ name: "batch", label: "rows", colour: "--ds-c2", fill: true }],
+    batch: [{ name: "batch", label: "rows", colour: "--ds-c2", fill: true, sparse: true }],
     overlap: [
       { name: "merges", label: "merges", colour: "--ds-c1" },
       { name: "conflicts", label: "conflicts", colour: "--ds-c2" },
@@ -81,9 +81,10 @@
           ...lines.map((line) => ({
             label: line.label,
             stroke: colour(line.colour),
-            fill: line.fill ? colour("--ds-fill") : undefined,
+            fill: line.fill ? colour(line.colour) + "26" : undefined,
             width: 2,
-            points: { show: false },
+            spanGaps: Boolean(line.sparse),
+            points: { show: Boolean(line.sparse), size: 5, fill: colour(line.colour) },
             value: (_, value) => text(value),
           })),
         ],
