@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
 from typing import Any, Final, cast
 
 from django.contrib import admin, messages
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.contrib.admin.models import CHANGE, DELETION, LogEntry
+from django.contrib.admin.options import IS_POPUP_VAR, TO_FIELD_VAR
 from django.contrib.admin.utils import quote, unquote
 from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import PermissionDenied
@@ -23,11 +23,6 @@ from django.db.models.functions import Length
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.template.response import TemplateResponse
 from django.urls import path, reverse
-from django.utils.formats import date_format
-from django.utils.html import format_html
-from django.utils.safestring import SafeString
-from django.utils.timesince import timesince, timeuntil
-from django.utils.timezone import localtime
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
@@ -40,6 +35,7 @@ from deferred_sessions.session_list import (
     LoggedInFilter,
     NodeFilter,
     SessionChangeList,
+    SessionColumns,
     StateFilter,
     looks_like_a_key,
     matching,
@@ -48,17 +44,19 @@ from deferred_sessions.session_page import SessionPage, names_of, pages_of
 from deferred_sessions.user_sessions import end_sessions, write_sessions
 
 DATA_PERMISSION: Final = "deferred_sessions.view_session_data"
-NOTHING: Final = "-"
+LOOKUPS: Final = frozenset(
+    {"user_id__exact", "created_at__gte", "created_at__lt", "state", "logged_in", "node"}
+)
 TEMPLATES: Final = "admin/deferred_sessions/session"
 
 
 @admin.register(Session)
-class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
+class SessionAdmin(SessionColumns, admin.ModelAdmin):  # type: ignore[type-arg]
     """Lists sessions, shows one, writes and ends them."""
 
     list_filter = (StateFilter, LoggedInFilter, NodeFilter, "created_at")
     search_fields = ("user_id",)
-    search_help_text = _("User name, mail address or id; or the first 4 to 8 characters of a key.")
+    search_help_text = _("User name or id; or the first 4 to 8 characters of a key.")
     ordering = ("-written_at",)
     list_per_page = 50
     list_max_show_all = 200
@@ -97,6 +95,10 @@ class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         actions: dict[str, Any] = super().get_actions(request, **options)
         return {name: action for name, action in actions.items() if name in self.actions}
 
+    def lookup_allowed(self, lookup: str, value: str, request: Any = None) -> bool:  # noqa: ARG002
+        """Allow what our filters and links ask for; any lookup of keys or data would tell them."""
+        return lookup in LOOKUPS
+
     # The list
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Session]:
@@ -129,6 +131,8 @@ class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         self, request: HttpRequest, extra_context: dict[str, Any] | None = None
     ) -> HttpResponse:
         """Show the list; a search for a whole key is cut, so that it stands in no page."""
+        if IS_POPUP_VAR in request.GET or TO_FIELD_VAR in request.GET:
+            raise PermissionDenied  # Django's pop-up for foreign keys has primary keys in it
         words = request.GET.get("q", "").split()
         if any(map(looks_like_a_key, words)):
             query = request.GET.copy()
@@ -136,77 +140,6 @@ class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             return HttpResponseRedirect(f"{request.path}?{query.urlencode()}")
         context = {"title": _("Sessions"), **(extra_context or {})}
         return super().changelist_view(request, context)
-
-    @admin.display(description=_("session"))
-    def name(self, session: Any) -> str:
-        """Return how the key begins."""
-        return str(session.page.name)
-
-    @admin.display(description=_("user"), ordering="user_id")
-    def user(self, session: Any) -> str:
-        """Return who is logged in, with a link to all of their sessions."""
-        if not session.page.user_id:
-            return NOTHING
-        return format_html(
-            '<a href="?user_id__exact={}">{}</a>', session.page.user_id, session.user_name
-        )
-
-    @admin.display(description=_("state"))
-    def state(self, session: Any) -> str:
-        """Return the state, as a badge."""
-        state = session.page.state
-        return format_html(
-            '<span class="ds-state ds-{}" title="{}">{}</span>',
-            state.value,
-            state.meaning,
-            state.label,
-        )
-
-    @admin.display(description=_("last activity"), ordering="written_at")
-    def active(self, session: Any) -> str:
-        """Return when it was used."""
-        return _moment(session.page.active_at, _("%s ago"), timesince)
-
-    @admin.display(description=_("created"), ordering="created_at")
-    def created(self, session: Any) -> str:
-        """Return when it was created."""
-        return _moment(session.page.created_at, _("%s ago"), timesince)
-
-    @admin.display(description=_("expires"), ordering="expire_date")
-    def expires(self, session: Any) -> str:
-        """Return when it expires."""
-        return _moment(session.page.expires_at, _("in %s"), timeuntil)
-
-    @admin.display(description=_("bytes"), ordering="stored_size")
-    def size(self, session: Any) -> str:
-        """Return how large it is."""
-        return f"{session.page.size:,}"
-
-    @admin.display(description=_("written by"), ordering="owner")
-    def node(self, session: Any) -> str:
-        """Return the node."""
-        return session.page.node or NOTHING
-
-    @admin.display(description=_("address"))
-    def address(self, session: Any) -> str:
-        """Return where it was used from."""
-        client = session.page.client
-        return client.address if client is not None and client.address else NOTHING
-
-    @admin.display(description=_("browser"))
-    def browser(self, session: Any) -> str:
-        """Return what the browser says it is."""
-        client = session.page.client
-        return client.agent[:40] if client is not None and client.agent else NOTHING
-
-    def action_checkbox(self, obj: Any) -> SafeString:
-        """Return the checkbox of a row, with a handle in it."""
-        return format_html(
-            '<input type="checkbox" name="{}" value="{}" class="action-select" aria-label="{}">',
-            ACTION_CHECKBOX_NAME,
-            obj.handle,
-            _("Select this session for an action"),
-        )
 
     # Actions
 
@@ -383,12 +316,6 @@ class SessionAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
             )
             for session in sessions
         )
-
-
-def _moment(at: datetime, form: Any, distance: Callable[..., str]) -> SafeString:
-    """Return how far a time is away, with the time itself to be had by pointing at it."""
-    exact = date_format(localtime(at), "DATETIME_FORMAT")
-    return format_html('<span title="{}">{}</span>', exact, form % distance(at, depth=1))
 
 
 def _records_client() -> bool:

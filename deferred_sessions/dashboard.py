@@ -60,7 +60,7 @@ def notices(figures: Statistics) -> list[Notice]:
             if age is None
             else _("The last one flushed %d s ago.") % age
         )
-        text = _("The agent flushes in its place. Is Celery running on this host, with beat?")
+        text = _("Is Celery running on this host, with beat? Meanwhile the agent flushes.")
         found.append(Notice("error", _("No poller"), f"{seen} {text}"))
     if flush is not None and flush.failure:
         text = _("Everything stays in memory, dirty and due: %s") % flush.failure

@@ -22,6 +22,7 @@ from django.db.models.functions import Now
 from django.utils.translation import gettext_lazy as _
 
 from deferred_sessions.handles import beginning_of, handle_of, shortened
+from deferred_sessions.runtime import get_runtime
 from deferred_sessions.user_sessions import end_sessions, user_id_of, write_sessions_of
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ class SessionQuerySet(models.QuerySet["Session"]):
 
 class SessionManager(BaseSessionManager.from_queryset(SessionQuerySet)):  # type: ignore[misc]
     """`Session.objects`: what `SessionQuerySet` does, and what Django's manager does."""
+
+    def get_queryset(self) -> SessionQuerySet:
+        """Return the sessions of the database that has them, whatever routers say."""
+        sessions: SessionQuerySet = super().get_queryset()
+        return sessions if self._db else sessions.using(get_runtime().server.alias)
 
     def revoke_all(self, user: Any, keep: str | None = None) -> int:
         """Log `user` out everywhere, but for the session of the key `keep`; return how often.

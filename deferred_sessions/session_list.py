@@ -1,4 +1,4 @@
-"""The list of sessions in the admin: what memory has of the rows on a page, filters, search.
+"""The list of sessions in the admin: what memory has of its rows, columns, filters, search.
 
 Used by `admin` alone. Invariant: the list leads to sessions by handles, and memory is asked
 only about the rows of the page and about what is dirty.
@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from itertools import islice
 from typing import Any, Final
 
 from django.contrib import messages
-from django.contrib.admin import ModelAdmin, SimpleListFilter
+from django.contrib.admin import ModelAdmin, SimpleListFilter, display
+from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
 from django.contrib.admin.utils import quote
 from django.contrib.admin.views.main import ChangeList
 from django.db.models import Q, QuerySet
 from django.db.models.functions import Now
 from django.http import HttpRequest
 from django.urls import reverse
+from django.utils.formats import date_format
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from django.utils.timesince import timesince, timeuntil
+from django.utils.timezone import localtime, now
 from django.utils.translation import gettext_lazy as _
 
 from deferred_sessions.exceptions import DeferredSessionsError
@@ -29,6 +36,8 @@ from deferred_sessions.runtime import get_runtime
 from deferred_sessions.session_page import names_of, pages_of, users_like
 from deferred_sessions.user_sessions import unsaved_sessions, write_sessions
 
+NOTHING: Final = "-"
+MINUTE: Final = 60.0  # seconds
 LOOKED_AT: Final = 20_000  # dirty sessions; with more of them the list leaves some to the flusher
 LONG: Final = re.compile(r"[0-9A-Za-z_-]{20,40}").fullmatch
 _BEGINNING: Final = re.compile(r"[0-9A-Za-z_-]+").fullmatch
@@ -67,6 +76,83 @@ class SessionChangeList(ChangeList):
             "admin:deferred_sessions_session_change",
             args=(quote(result.handle),),
             current_app=self.model_admin.admin_site.name,
+        )
+
+
+class SessionColumns:
+    """The columns of the list; each gets a session with a `page`."""
+
+    @display(description=_("session"))
+    def name(self, session: Any) -> str:
+        """Return how the key begins."""
+        return str(session.page.name)
+
+    @display(description=_("user"), ordering="user_id")
+    def user(self, session: Any) -> str:
+        """Return who is logged in, with a link to all of their sessions."""
+        if not session.page.user_id:
+            return NOTHING
+        return format_html(
+            '<a href="?user_id__exact={}">{}</a>', session.page.user_id, session.user_name
+        )
+
+    @display(description=_("state"))
+    def state(self, session: Any) -> str:
+        """Return the state, as a badge."""
+        state = session.page.state
+        return format_html(
+            '<span class="ds-state ds-{}" title="{}">{}</span>',
+            state.value,
+            state.meaning,
+            state.label,
+        )
+
+    @display(description=_("last activity"), ordering="written_at")
+    def active(self, session: Any) -> str:
+        """Return when it was used."""
+        return _moment(session.page.active_at, _("%s ago"), timesince)
+
+    @display(description=_("created"), ordering="created_at")
+    def created(self, session: Any) -> str:
+        """Return when it was created."""
+        return _moment(session.page.created_at, _("%s ago"), timesince)
+
+    @display(description=_("expires"), ordering="expire_date")
+    def expires(self, session: Any) -> str:
+        """Return when it expires."""
+        return _moment(session.page.expires_at, _("in %s"), timeuntil)
+
+    @display(description=_("bytes"), ordering="stored_size")
+    def size(self, session: Any) -> str:
+        """Return how large it is."""
+        return f"{session.page.size:,}"
+
+    @display(description=_("written by"), ordering="owner")
+    def node(self, session: Any) -> str:
+        """Return the node."""
+        return session.page.node or NOTHING
+
+    @display(description=_("address"))
+    def address(self, session: Any) -> str:
+        """Return where it was used from."""
+        client = session.page.client
+        return client.address if client is not None and client.address else NOTHING
+
+    @display(description=_("browser"))
+    def browser(self, session: Any) -> str:
+        """Return what the browser says it is."""
+        client = session.page.client
+        if client is None or not client.agent:
+            return NOTHING
+        return format_html('<span class="ds-agent" title="{0}">{0}</span>', client.agent)
+
+    def action_checkbox(self, obj: Any) -> SafeString:
+        """Return the checkbox of a row, with a handle in it."""
+        return format_html(
+            '<input type="checkbox" name="{}" value="{}" class="action-select" aria-label="{}">',
+            ACTION_CHECKBOX_NAME,
+            obj.handle,
+            _("Select this session for an action"),
         )
 
 
@@ -159,3 +245,13 @@ def _unknown_to_postgresql() -> Iterator[str]:
     for dirty in islice(unsaved_sessions(), LOOKED_AT):
         if not dirty.head.stored_version and not dirty.head.flags & TOMBSTONE:
             yield dirty.key
+
+
+def _moment(at: datetime, form: Any, distance: Callable[..., str]) -> SafeString:
+    """Return how far a time is away, with the time itself to be had by pointing at it."""
+    is_now = abs((at - now()).total_seconds()) < MINUTE
+    return format_html(
+        '<span class="ds-moment" title="{}">{}</span>',
+        date_format(localtime(at), "DATETIME_FORMAT"),
+        _("just now") if is_now else form % distance(at, depth=1),
+    )

@@ -192,15 +192,10 @@ def names_of(user_ids: Iterable[str]) -> dict[str, str]:
 
 
 def users_like(word: str, limit: int = 100) -> Sequence[str]:
-    """Return the ids of the users whose name or mail address contains `word`."""
+    """Return the ids of users whose name contains `word`."""
     model = get_user_model()
-    names = {model.USERNAME_FIELD, getattr(model, "EMAIL_FIELD", "")}
-    fields = {field.name for field in model._meta.get_fields()}  # noqa: SLF001
-    found: list[str] = []
-    for name in sorted(names & fields):
-        users = model._default_manager.filter(**{f"{name}__icontains": word})[:limit]  # noqa: SLF001
-        found += [model._meta.pk.value_to_string(user) for user in users]  # noqa: SLF001
-    return found
+    users = model._default_manager.filter(**{f"{model.USERNAME_FIELD}__icontains": word})  # noqa: SLF001
+    return [model._meta.pk.value_to_string(user) for user in users[:limit]]  # noqa: SLF001
 
 
 def _time(seconds: float) -> datetime:

@@ -96,7 +96,7 @@ class Shop:
         self.poller.kill()
         self.poller.wait()
 
-    def keys(self) -> list[str]:
+    def session_keys(self) -> list[str]:
         """Return all session keys, as PostgreSQL has them."""
         with psycopg.connect(database_url()) as connection:
             rows = connection.execute("SELECT session_key FROM deferred_sessions_session")

@@ -112,7 +112,7 @@ def test_revoking_in_the_admin_logs_a_customer_out(
     customer.go("/")
     expect(customer.page.get_by_role("link", name="Log in")).to_be_visible()
 
-    keys = shop.keys() + [
+    keys = shop.session_keys() + [
         str(cookie["value"])
         for each in (admin, customer)
         for cookie in each.context.cookies()
@@ -138,8 +138,8 @@ def test_screenshots(person: Callable[..., Person], shop: Shop) -> None:
     urllib.request.urlopen(site).close()
     docs = Path(__file__).parents[2] / "docs"
     for name, scheme, width, height, scale in (
-        ("light", "light", 1440, 1480, 1),
-        ("dark", "dark", 1440, 1480, 1),
+        ("light", "light", 1440, 1530, 1),
+        ("dark", "dark", 1440, 1530, 1),
         ("phone", "light", 390, 1700, 2),
     ):
         admin = person(

@@ -76,6 +76,6 @@ def test_no_page_of_the_shop_has_a_key(person: Callable[..., Person], shop: Shop
         each.log_in("ann")
         each.go("/devices/")
         each.go("/")
-    for key in shop.keys():
+    for key in shop.session_keys():
         for each in people:
             assert not any(key[:9] in text for text in each.html + each.addresses)

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.test import RequestFactory
+from django.test import Client, RequestFactory
 from prometheus_client.parser import text_string_to_metric_families
 
 from deferred_sessions import statistics
@@ -109,6 +110,17 @@ def test_prometheus_reads_every_figure(runtime: Runtime) -> None:
     assert families["deferred_sessions_dirty"].type == "gauge"
     assert str(session.session_key) not in text
     assert "no-store" in response["Cache-Control"]
+
+
+def test_a_scrape_uses_neither_session_nor_database(
+    runtime: Runtime, django_assert_num_queries: Any
+) -> None:
+    browser = Client()
+    with django_assert_num_queries(0):
+        response = browser.get("/metrics")
+    assert response.status_code == 200
+    assert not response.cookies
+    assert browser.post("/metrics").status_code == 405
 
 
 def test_a_scrape_of_a_broken_store_is_a_503(

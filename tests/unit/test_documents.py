@@ -116,5 +116,7 @@ def test_every_claim_has_its_tests(row: list[str]) -> None:
 
 
 def test_every_test_that_is_named_exists() -> None:
-    for name in re.findall(r"`(?:tests/)?((?:unit|integration|processes)/\w+\.py)`", ARCHITECTURE):
+    for name in re.findall(
+        r"`(?:tests/)?((?:unit|integration|processes|browser)/\w+\.py)`", ARCHITECTURE
+    ):
         assert (ROOT / "tests" / name).exists(), name

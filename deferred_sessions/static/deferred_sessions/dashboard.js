@@ -59,6 +59,10 @@
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+  // The value under the cursor, or else the latest there is.
+  const shown = (plot, value, series, place) =>
+    place == null ? plot.data[series].findLast((each) => each != null) : value;
+
   const chart = (room, lines) => {
     const quiet = colour("--body-quiet-color");
     const hairline = colour("--hairline-color");
@@ -74,10 +78,10 @@
         legend: { live: true },
         scales: {
           x: { time: true, range: () => [latest - SECONDS[span], latest] },
-          y: { range: (_, low, high) => [0, high > 0 ? high * 1.12 : 1] },
+          y: { range: (_, low, high) => [0, high > 0 ? high * 1.12 : text === count ? 4 : 1] },
         },
         series: [
-          { label: "at", value: (_, at) => (at == null ? "-" : exact.format(at * 1000)) },
+          { label: "at", value: (...of) => { const at = shown(...of); return at == null ? "-" : exact.format(at * 1000); } },
           ...lines.map((line) => ({
             label: line.label,
             stroke: colour(line.colour),
@@ -85,7 +89,7 @@
             width: 2,
             spanGaps: Boolean(line.sparse),
             points: { show: Boolean(line.sparse), size: 5, fill: colour(line.colour) },
-            value: (_, value) => text(value),
+            value: (...of) => text(shown(...of)),
           })),
         ],
         axes: [
@@ -170,10 +174,10 @@
 
   const showFlush = ({ now }) => {
     const flush = now.flush;
-    set("poller", now.poller_age == null ? board.dataset.none : `${seconds(now.poller_age)} ago`);
+    set("poller", now.poller_age == null ? board.dataset.none : `${seconds(Math.round(now.poller_age))} ago`);
     set("poller_note", flush && flush.by !== "poller" ? `last flush by: ${flush.by}` : "");
     set("flush_rows", flush ? whole.format(flush.rows) : "-");
-    set("flush_note", flush ? `in ${seconds(flush.seconds)}, ${seconds(flush.age)} ago, ${count(flush.remaining)} left` : "-");
+    set("flush_note", flush ? `in ${seconds(flush.seconds)}, ${seconds(Math.round(flush.age))} ago, ${count(flush.remaining)} left` : "-");
     set("journal", now.journal ? bytes(now.journal.active) : board.dataset.none);
     set("journal_note", now.journal ? `${bytes(now.journal.unsynced)} not synced, ${bytes(now.journal.retired)} retired` : "");
     alarm("poller", now.is_poller_dead);
