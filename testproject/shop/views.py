@@ -67,8 +67,8 @@ def buy(request: HttpRequest) -> HttpResponse:
 def devices(request: HttpRequest) -> HttpResponse:
     """Show where the customer is logged in."""
     sessions = Session.objects.for_user(request.user).order_by("-written_at")
-    pages = sorted(pages_of(sessions, time.time()), key=lambda page: page.active_at, reverse=True)
     own = handle_of(str(request.session.session_key))
+    pages = sorted(pages_of(sessions, time.time()), key=lambda page: page.handle != own)
     context = {"pages": pages, "own": own, "worker": os.getpid()}
     return render(request, "shop/devices.html", context)
 
