@@ -188,6 +188,19 @@ def test_the_client_is_recorded_only_where_a_session_is_saved_anyway(
     assert runtime.counters.totals()[Counter.UPDATES] == updates + 1
 
 
+def test_a_client_that_moves_costs_no_write_even_if_each_request_saves(
+    tune: Callable[..., Runtime], settings: Any
+) -> None:
+    settings.SESSION_SAVE_EVERY_REQUEST = True
+    runtime = tune(RECORD_CLIENT=True)
+    browser = Browser(REMOTE_ADDR="192.0.2.7")
+    browser.get("/probe/count/")
+    updates = runtime.counters.totals()[Counter.UPDATES]
+    browser.get("/probe/read/", REMOTE_ADDR="192.0.2.8")
+    assert runtime.counters.totals()[Counter.TOUCHES] >= 1
+    assert runtime.counters.totals()[Counter.UPDATES] == updates
+
+
 def test_by_default_nothing_is_recorded(runtime: Runtime) -> None:
     browser = Browser(HTTP_USER_AGENT="Tester/1.0")
     browser.get("/probe/count/")
