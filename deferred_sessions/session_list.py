@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from itertools import islice
 from typing import Any, Final
+from urllib.parse import urlencode
 
 from django.contrib import messages
 from django.contrib.admin import ModelAdmin, SimpleListFilter, display
@@ -93,7 +94,9 @@ class SessionColumns:
         if not session.page.user_id:
             return NOTHING
         return format_html(
-            '<a href="?user_id__exact={}">{}</a>', session.page.user_id, session.user_name
+            '<a href="?{}">{}</a>',
+            urlencode({"user_id__exact": session.page.user_id}),
+            session.user_name,
         )
 
     @display(description=_("state"))

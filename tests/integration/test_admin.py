@@ -272,6 +272,20 @@ def test_who_revokes_the_own_session_is_told(admin: Pages) -> None:
     assert "you are using now" in admin.text(page_of(own))
 
 
+def test_who_revokes_the_own_session_is_logged_out(admin: Pages) -> None:
+    handle = handle_of(admin.browser.cookies["sessionid"].value)
+    done = admin.post(LIST, action="revoke", confirmed=1, _selected_action=handle)
+    assert done.status_code == 302
+    assert "/admin/login/" in admin.get(LIST)["Location"]
+
+
+def test_users_with_odd_ids_have_a_link(admin: Pages) -> None:
+    created(**{SESSION_KEY: "a&b=c#<d>"})
+    assert '<a href="?user_id__exact=a%26b%3Dc%23%3Cd%3E">a&amp;b=c#&lt;d&gt;</a>' in admin.text(
+        LIST
+    )
+
+
 def test_a_session_that_is_gone(admin: Pages) -> None:
     session = created(a=1)
     session.delete()
