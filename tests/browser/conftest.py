@@ -66,6 +66,7 @@ def person(browser: Browser, shop: Shop) -> Iterator[Callable[..., Person]]:
 
     yield make
     for person in people:
+        person.context.unroute_all(behavior="ignoreErrors")  # figures may be on their way
         person.context.close()
         assert not person.errors
 
