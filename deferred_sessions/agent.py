@@ -20,6 +20,7 @@ from typing import Final
 from django.db import connections
 
 from deferred_sessions.exceptions import DeferredSessionsError
+from deferred_sessions.figures import FiguresReader
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.handover import Handover
 from deferred_sessions.membership import Membership
@@ -28,6 +29,7 @@ from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.policy import Policy
+from deferred_sessions.report import AGENT
 from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.listener import GRANTED, REQUESTED, REVOKED, Listener
 from deferred_sessions.servers.server import SessionServer
@@ -54,10 +56,12 @@ class Agent:
         membership: Membership,
         handover: Handover,
         pulse: Pulse,
+        figures: FiguresReader,
         policy: Policy,
         heartbeat: float,
         listen: str,
     ) -> None:
+        self._figures = figures
         self._store = store
         self._server = server
         self._flusher = flusher
@@ -89,7 +93,7 @@ class Agent:
             is_forgotten = not 0 <= now - last.at <= 2 * self._policy.interval
         if not is_forgotten:
             return False
-        report = self._flusher.flush_once(now)
+        report = self._flusher.flush_once(now, by=AGENT)
         if report.rows and not report.skipped:
             self._warn(
                 "no_poller",
@@ -97,6 +101,7 @@ class Agent:
                 "No poller has flushed for %.0f s, so the agent did. Is Celery running on this "
                 "host, with beat?",
                 2 * self._policy.interval,
+                extra={"action": "no_poller"},
             )
         return True
 
@@ -127,6 +132,10 @@ class Agent:
     def keep_journal_once(self, now: float) -> None:
         """Sync, swap and reset the logs of the journal, as far as it is time to."""
         self._flusher.journal.keep_once(now)
+
+    def sample_figures_once(self, now: float) -> bool:
+        """Keep the figures of this moment for charts, every ten seconds."""
+        return self._figures.sample_once(now)
 
     # The thread
 
@@ -216,6 +225,7 @@ class Agent:
                         self.flush_if_forgotten_once,
                         self.clear_dead_readers_once,
                         self.keep_journal_once,
+                        self.sample_figures_once,
                     ),
                 )
                 self._stop.wait(ROUND)
@@ -255,9 +265,16 @@ class Agent:
             self._warn(duty.__name__, now, "%s failed.", duty.__name__, exc_info=True)
 
     def _warn(
-        self, what: str, now: float, message: str, *arguments: object, exc_info: bool = False
+        self,
+        what: str,
+        now: float,
+        message: str,
+        *arguments: object,
+        exc_info: bool = False,
+        extra: dict[str, str] | None = None,
     ) -> None:
         if now - self._logged_at.get(what, -LOG_INTERVAL) < LOG_INTERVAL:
             return
         self._logged_at[what] = now
-        logger.warning(message, *arguments, exc_info=exc_info, extra={"action": f"agent_{what}"})
+        extra = extra or {"action": "agent_in_trouble", "duty": what}
+        logger.warning(message, *arguments, exc_info=exc_info, extra=extra)

@@ -80,6 +80,10 @@ class Settings:
     """Seconds of changes that a crash of the host may cost; 0 = each save waits for the disk."""
     cache_size: int = 10_000
     """Decoded sessions each process keeps."""
+    record_client: bool = False
+    """Have the middleware note address and browser in sessions that are saved."""
+    trusted_proxies: int = 0
+    """Proxies of the site's own in front of it, which tell whom they heard a request from."""
     node: str | None = None
     """The public name of this host among those of the site; None = host name and directory."""
     node_cookie: str | None = None

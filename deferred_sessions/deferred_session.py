@@ -16,6 +16,8 @@ from typing import Any, Final, TypeGuard
 from asgiref.sync import sync_to_async
 from django.contrib.sessions.backends.base import SessionBase, UpdateError
 
+from deferred_sessions.client import KEY as CLIENT_KEY
+from deferred_sessions.client import Client
 from deferred_sessions.exceptions import (
     ReadOnlySessionError,
     ServerUnavailableError,
@@ -146,6 +148,16 @@ class DeferredSession(SessionBase):
             return False
         runtime.overlap.merge_into(self._session_cache, base.snapshot, left)
         return True
+
+    def note_client(self, client: Client) -> None:
+        """Have it in the session where this request came from, if that is news.
+
+        Only in a session that is saved anyway.
+        """
+        if self.modified and not self.is_empty() and "_session_cache" in self.__dict__:
+            text = client.text()
+            if self._session_cache.get(CLIENT_KEY) != text:
+                self._session_cache[CLIENT_KEY] = text
 
     # Locks
 

@@ -27,7 +27,7 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import NEVER, Policy
 from deferred_sessions.record import SessionRecord
-from deferred_sessions.report import FlushReport
+from deferred_sessions.report import POLLER, FlushReport
 from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.signals import session_flushed
@@ -65,7 +65,7 @@ class Flusher:
         self.journal = JournalKeeper(store=store, flush=self._flush_all, age=journal_age)
         """Whose logs can be reset when all is flushed."""
 
-    def flush_once(self, now: float, *, everything: bool = False) -> FlushReport:
+    def flush_once(self, now: float, *, everything: bool = False, by: str = POLLER) -> FlushReport:
         """Write what is due at `now`, or everything that is dirty.
 
         What it reports as written is committed in PostgreSQL. With `everything` it
@@ -84,6 +84,8 @@ class Flusher:
                 self._flush(now, self._horizon(now, everything=everything)),
                 seconds=time.monotonic() - started,
                 remaining=self._store.status().dirty,
+                by=by,
+                polled_at=now if by == POLLER else self._polled_at(),
             )
             self._store.set_note(NOTE, json.dumps(asdict(report)).encode())
         self._announce(report)
@@ -92,6 +94,23 @@ class Flusher:
         except (StoreError, OSError):
             logger.exception("The journal is in trouble.", extra={"action": "journal_failed"})
         return report
+
+    def is_running(self) -> bool:
+        """Tell whether a flusher of this node is at work; asking disturbs nobody."""
+        return self._lock.is_taken()
+
+    def flush_sessions(self, keys: Sequence[str], now: float) -> FlushReport:
+        """Write what PostgreSQL lacks of these sessions, due or not.
+
+        Inside a transaction of the application they are written in that, and stay dirty.
+        Never raises for PostgreSQL; the report says what became of them.
+        """
+        dirty = self._store.find_dirty(keys)
+        run = self._run(now)
+        if dirty:
+            with self._server.visit():
+                run.take(sorted(dirty))
+        return replace(run.report, by="request")
 
     def flush_due(self, keys: Sequence[str], now: float) -> None:
         """Write those of `keys` that are due, at the end of a request.
@@ -120,7 +139,7 @@ class Flusher:
             ServerUnavailableError: PostgreSQL is away.
         """
         if self._store.exists():
-            report = self.flush_once(now, everything=True)
+            report = self.flush_once(now, everything=True, by="clear_expired")
             if report.failure:
                 raise ServerUnavailableError(report.failure)
             self._forget_expired(now)
@@ -133,7 +152,11 @@ class Flusher:
         return None if note is None else FlushReport(**json.loads(note))
 
     def _flush_all(self, now: float) -> object:
-        return self.flush_once(now, everything=True)
+        return self.flush_once(now, everything=True, by="journal")
+
+    def _polled_at(self) -> float:
+        last = self.last_report()
+        return 0.0 if last is None else last.polled_at
 
     def _flush(self, now: float, horizon: float) -> FlushReport:
         run = self._run(now)

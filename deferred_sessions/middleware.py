@@ -20,6 +20,8 @@ from django.contrib.sessions.middleware import SessionMiddleware as DjangoSessio
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
+from deferred_sessions.client import client_of
+from deferred_sessions.deferred_session import DeferredSession
 from deferred_sessions.exceptions import LockTimeoutError, ServerUnavailableError, StoreFullError
 from deferred_sessions.runtime import Runtime, get_runtime_in_use
 
@@ -61,6 +63,7 @@ class SessionMiddleware(DjangoSessionMiddleware):
             response: Any = self.get_response(request)
             if response.status_code >= 500:  # noqa: PLR2004
                 return self._failed(request, response)
+            self._note_client(request, runtime)
             try:
                 return self.process_response(request, response)
             except TROUBLE as error:
@@ -72,6 +75,7 @@ class SessionMiddleware(DjangoSessionMiddleware):
             response = await self.get_response(request)  # type: ignore[misc]
             if response.status_code >= 500:  # noqa: PLR2004
                 return self._failed(request, response)
+            self._note_client(request, runtime)
             session: Any = request.session
             failure: Exception | None = None
             try:
@@ -89,6 +93,11 @@ class SessionMiddleware(DjangoSessionMiddleware):
 
     def _is_to_be_saved(self, session: Any, runtime: Runtime) -> bool:
         return (session.modified or runtime.saves_every_request) and not session.is_empty()
+
+    def _note_client(self, request: HttpRequest, runtime: Runtime) -> None:
+        settings, session = runtime.settings, request.session
+        if settings.record_client and isinstance(session, DeferredSession):
+            session.note_client(client_of(request.META, settings.trusted_proxies))
 
     def _failed(self, request: HttpRequest, response: HttpResponse) -> HttpResponseBase:
         """Return the answer to a request that failed, perhaps for want of its session."""

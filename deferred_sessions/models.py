@@ -10,15 +10,89 @@ a field here it would make Django's checks connect to the database.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Iterable
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from django.contrib.sessions.base_session import AbstractBaseSession
+from django.contrib.sessions.base_session import AbstractBaseSession, BaseSessionManager
 from django.db import models
 from django.db.models.functions import Now
 from django.utils.translation import gettext_lazy as _
 
+from deferred_sessions.handles import beginning_of, handle_of, shortened
+from deferred_sessions.runtime import get_runtime
+from deferred_sessions.user_sessions import end_sessions, user_id_of, write_sessions_of
+
 if TYPE_CHECKING:
     from deferred_sessions.backend import SessionStore
+
+
+class SessionQuerySet(models.QuerySet["Session"]):
+    """Sessions as PostgreSQL has them, for people and their tools."""
+
+    def for_user(self, user: Any) -> Self:
+        """Return the live sessions of `user`, a user or an id.
+
+        What this host's memory has of them, and PostgreSQL lacks, is written first: so
+        they are as they are now, also those that began a moment ago. (What other hosts
+        have not written may lag behind; that never is who is logged in.)
+
+        Raises:
+            ServerUnavailableError: PostgreSQL is away.
+        """
+        user_id, now = user_id_of(user), time.time()
+        if not user_id:
+            return self.none()
+        known = type(self)(self.model, using=self.db).filter(user_id=user_id)
+        write_sessions_of(user_id, known.values_list("pk", flat=True), now)
+        return self.filter(user_id=user_id, expire_date__gt=Now())
+
+    def revoke(self) -> int:
+        """End these sessions at once, on all hosts; return how many there were.
+
+        Unlike `delete` it needs no agent to take effect on this host, and while PostgreSQL
+        goes away meanwhile, memory remembers.
+        """
+        return end_sessions(self.order_by().values_list("pk", flat=True), time.time())
+
+    def by_handles(self, handles: Iterable[str]) -> Self:
+        """Return those sessions that `handles` stand for, see `Session.handle`."""
+        wanted = {handle: beginning_of(handle) for handle in handles}
+        beginnings = [models.Q(pk__startswith=b) for b in set(wanted.values()) if b is not None]
+        if not beginnings:
+            return self.none()
+        keys = self.filter(reduce(or_, beginnings)).order_by().values_list("pk", flat=True)
+        return self.filter(pk__in=[key for key in keys if handle_of(key) in wanted])
+
+    def by_handle(self, handle: str) -> Session | None:
+        """Return the session that `handle` stands for; None if it is gone."""
+        return self.by_handles([handle]).first()
+
+
+class SessionManager(BaseSessionManager.from_queryset(SessionQuerySet)):  # type: ignore[misc]
+    """`Session.objects`: what `SessionQuerySet` does, and what Django's manager does."""
+
+    def get_queryset(self) -> SessionQuerySet:
+        """Return the sessions of the database that has them, whatever routers say."""
+        sessions: SessionQuerySet = super().get_queryset()
+        return sessions if self._db else sessions.using(get_runtime().server.alias)
+
+    def revoke_all(self, user: Any, keep: str | None = None) -> int:
+        """Log `user` out everywhere, but for the session of the key `keep`; return how often.
+
+        For a change of password, a lost phone, or "log out everywhere else":
+
+            Session.objects.revoke_all(request.user, keep=request.session.session_key)
+
+        Raises:
+            ServerUnavailableError: PostgreSQL is away, so nobody knows which they are.
+        """
+        sessions: SessionQuerySet = self.for_user(user)
+        if keep is not None:
+            sessions = sessions.exclude(pk=keep)
+        return sessions.revoke()
 
 
 class Session(AbstractBaseSession):
@@ -49,12 +123,31 @@ class Session(AbstractBaseSession):
     created_at = models.DateTimeField(_("created at"), db_default=Now())
     written_at = models.DateTimeField(_("written at"), db_default=Now())
 
+    objects: ClassVar[SessionManager] = SessionManager()
+
     class Meta(AbstractBaseSession.Meta):
         """Names, and which databases have the table at all."""
 
         abstract = False
         required_db_vendor = "postgresql"
         db_table = "deferred_sessions_session"
+        permissions = (("view_session_data", "Can view what is in sessions"),)
+        indexes = (
+            # HOT updates stay: who is logged in does not change when a session is written.
+            models.Index(
+                fields=["user_id"],
+                name="deferred_sessions_user",
+                condition=models.Q(user_id__isnull=False),
+            ),
+        )
+
+    def __str__(self) -> str:
+        return shortened(self.session_key)  # the key itself is a secret
+
+    @property
+    def handle(self) -> str:
+        """What may stand for the session in pages and addresses; see `by_handle`."""
+        return handle_of(self.session_key)
 
     @classmethod
     def get_session_store_class(cls) -> type[SessionStore]:

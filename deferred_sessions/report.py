@@ -7,6 +7,10 @@ thing that became of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+POLLER: Final = "poller"
+AGENT: Final = "agent"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,10 @@ class FlushReport:
     """Dirty records left, due or not."""
     failure: str = ""
     """Why the run ended early; everything it did not write is still due."""
+    by: str = POLLER
+    """Who ran it: a poller, the agent in its place, or what else needed a flush."""
+    polled_at: float = 0.0
+    """When a poller ran last, Unix seconds; 0.0 if none ever has."""
     skipped: bool = False
     """Another flusher of this node was at work; nothing was done."""
 

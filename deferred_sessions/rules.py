@@ -20,6 +20,7 @@ MAX_STORE_SIZE: Final = 64 << 30
 MIN_JOURNAL_SIZE: Final = 1 << 20
 MAX_SYNC_INTERVAL: Final = 60
 MAX_INTERVAL: Final = 86_400  # seconds
+MAX_PROXIES: Final = 10
 
 
 def _is_number(value: object) -> bool:
@@ -110,6 +111,11 @@ RULES: Final[Mapping[str, tuple[Any, str]]] = {
     "NODE": (
         lambda value: _is_word(value, r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"),
         "None or up to 40 letters, digits, dots, hyphens and underscores, such as 'web1'",
+    ),
+    "RECORD_CLIENT": _SWITCH,
+    "TRUSTED_PROXIES": (
+        lambda value: _is_whole(value, 0) and value <= MAX_PROXIES,
+        f"the number of proxies, from 0 to {MAX_PROXIES}",
     ),
     "NODE_COOKIE": (
         lambda value: _is_word(value, r"[A-Za-z][A-Za-z0-9_]{0,63}"),

@@ -38,6 +38,7 @@ from deferred_sessions.conf import (
     traits,
 )
 from deferred_sessions.encoding import RowEncoder
+from deferred_sessions.figures import FiguresReader
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.handover import Handover
 from deferred_sessions.intake import Intake
@@ -46,6 +47,7 @@ from deferred_sessions.memory.cache import SessionCache
 from deferred_sessions.memory.claims import Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
+from deferred_sessions.memory.history import History
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
@@ -57,7 +59,6 @@ from deferred_sessions.request_end import RequestEnd
 from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.leases import Leases
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.statistics import StatisticsReader
 from deferred_sessions.tiers import Tiers
 from deferred_sessions.write_through import WriteThrough
 from deferred_sessions.writer import RecordWriter
@@ -99,7 +100,7 @@ class Runtime:
     pulse: Pulse
     agent: Agent
     request_end: RequestEnd
-    statistics: StatisticsReader
+    statistics: FiguresReader
     condition: ConditionReader
     node_cookie: NodeCookie | None
     """What the middleware names the node with, or None."""
@@ -170,6 +171,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     leases = Leases(server)
     pulse = Pulse(directory, patience=settings.node_timeout / 2)
     claims = Claims(directory)
+    claims.on_waited = partial(_count_wait, counters)
     encoder = RowEncoder()
     refusals = Refusals(leases, encoder, codec, counters)
     writer = RecordWriter(
@@ -220,6 +222,14 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         batch_size=settings.batch_size,
         journal_age=settings.journal_age,
     )
+    figures = FiguresReader(
+        store=store,
+        counters=counters,
+        flusher=flusher,
+        history=History(directory),
+        interval=policy.interval,
+        node=os.uname().nodename,
+    )
     agent = Agent(
         store=store,
         server=server,
@@ -228,6 +238,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         membership=membership,
         handover=handover,
         pulse=pulse,
+        figures=figures,
         policy=policy,
         heartbeat=settings.heartbeat_interval,
         listen=settings.listen or settings.server,
@@ -292,11 +303,19 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             policy=policy,
             flush=settings.flush_at_request_end,
         ),
-        statistics=StatisticsReader(store=store, counters=counters, flusher=flusher),
+        statistics=figures,
         condition=ConditionReader(store=store, server=server, flusher=flusher, policy=policy),
         node_cookie=_node_cookie(settings),
         site=site,
     )
+
+
+def _count_wait(counters: Counters, seconds: float, was_in_vain: bool) -> None:
+    """Count that somebody waited for a session that others held."""
+    counters.add(Counter.LOCK_WAITS)
+    counters.add(Counter.LOCK_WAIT_MILLISECONDS, round(1000 * seconds))
+    if was_in_vain:
+        counters.add(Counter.LOCK_TIMEOUTS)
 
 
 def _default_name(directory: Path) -> str:

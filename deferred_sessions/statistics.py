@@ -1,47 +1,61 @@
-"""What goes on in this node, in figures: counters, the store, the flusher.
+"""The figures of this host, for everybody: pages, monitoring, scripts.
 
-Called by pages, commands and checks that show it to people. Invariant: reading never
-waits for anybody and makes nobody wait.
+    from deferred_sessions import statistics
+
+    figures = statistics.read()
+    figures.counters[statistics.Counter.UPDATES]
+
+Called by the faces of this package and by projects. Invariant: what is here stays: names
+are added, none is taken away, and every figure is a sum over all processes of the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 
-from deferred_sessions.flusher import Flusher
-from deferred_sessions.memory.counters import Counter, Counters
-from deferred_sessions.memory.store import HostStore
+from deferred_sessions.figures import JournalFigures, Statistics
+from deferred_sessions.memory.counters import Counter
+from deferred_sessions.memory.history import Gauge, Sample
 from deferred_sessions.memory.tables import StoreStatus
+from deferred_sessions.rates import per_second, series
 from deferred_sessions.report import FlushReport
+from deferred_sessions.runtime import get_runtime
+
+__all__ = [
+    "Counter",
+    "FlushReport",
+    "Gauge",
+    "JournalFigures",
+    "Sample",
+    "Statistics",
+    "StoreStatus",
+    "history",
+    "per_second",
+    "read",
+    "series",
+]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """The figures of one node at one moment."""
+def read(now: float | None = None) -> Statistics:
+    """Return the figures of this host as they are now; takes well under a millisecond.
 
-    counters: dict[Counter, int]
-    """Sums over all processes of the host since the store was made."""
-    store: StoreStatus
-    oldest_change_age: float
-    """Seconds since the oldest change that PostgreSQL does not have; 0.0 if none."""
-    last_flush: FlushReport | None
-    """What the last run of the flusher did, in whichever process."""
+    With many thousands of sessions that are not in PostgreSQL yet it is milliseconds,
+    because the oldest of them is looked for. `now` is Unix time, for tests.
+
+    Raises:
+        StoreError: The store cannot be opened, or made if there is none.
+    """
+    return get_runtime().statistics.read(time.time() if now is None else now)
 
 
-class StatisticsReader:
-    """Collects the figures of the node."""
+def history(seconds: float = 3600.0, now: float | None = None) -> list[Sample]:
+    """Return the figures of the last so many seconds, oldest first.
 
-    def __init__(self, *, store: HostStore, counters: Counters, flusher: Flusher) -> None:
-        self._store = store
-        self._counters = counters
-        self._flusher = flusher
+    There is a sample for every ten seconds of the last hour; who asks for more gets one for
+    every five minutes of the last day. The agent keeps them: without one there are none.
+    They outlive processes, but not the host.
 
-    def read(self, now: float) -> Statistics:
-        """Return the figures at `now`; makes the store if the node has none."""
-        oldest = self._store.oldest_change()
-        return Statistics(
-            counters=self._counters.totals(),
-            store=self._store.status(),
-            oldest_change_age=0.0 if oldest is None else max(0.0, now - oldest),
-            last_flush=self._flusher.last_report(),
-        )
+    Raises:
+        StoreError: The directory of the store is not what it should be.
+    """
+    return get_runtime().statistics.history(seconds, time.time() if now is None else now)

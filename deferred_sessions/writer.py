@@ -205,9 +205,19 @@ class RecordWriter:
 
     def _tell(self, outcome: Outcome) -> None:
         self._refusals.tell(outcome.fenced)
-        for counter, records, what in (
-            (Counter.VANISHED, outcome.vanished, "were deleted in PostgreSQL"),
-            (Counter.SUPERSEDED, outcome.superseded, "are newer in PostgreSQL"),
+        for counter, records, what, extra in (
+            (
+                Counter.VANISHED,
+                outcome.vanished,
+                "were deleted in PostgreSQL",
+                {"action": "sessions_vanished"},
+            ),
+            (
+                Counter.SUPERSEDED,
+                outcome.superseded,
+                "are newer in PostgreSQL",
+                {"action": "sessions_superseded"},
+            ),
         ):
             if records:
                 self._counters.add(counter, len(records))
@@ -215,7 +225,7 @@ class RecordWriter:
                     "%d sessions with unsaved changes %s by somebody else; the changes are void.",
                     len(records),
                     what,
-                    extra={"action": f"sessions_{counter.name.lower()}", "count": len(records)},
+                    extra={**extra, "count": len(records)},
                 )
 
 

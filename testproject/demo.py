@@ -76,6 +76,8 @@ def _run(stack: ExitStack) -> int:
     _wait_for(address, processes)
     _say(f"The shop is open: {address}")
     _say(f"Send visitors:    {_python()} -m testproject.visitors {address}")
+    _say(f"The dashboard:    {address}admin/deferred_sessions/session/dashboard/")
+    _say("                  (admin, with the password corner-shop)")
     _say("Ctrl-C stops everything.")
     while True:
         _check(processes)
@@ -95,7 +97,7 @@ def _environment(stack: ExitStack, place: Path) -> dict[str, str]:
     # An older version's demonstration may have left a store in the usual place.
     environment.setdefault("SESSION_DIRECTORY", str(place / f"sessions-{FORMAT}"))
     environment.setdefault("FLUSH_TICK", TICK)
-    environment.setdefault("DEFERRED_SESSIONS", '{"FLUSH_INTERVAL": 30.0}')
+    environment.setdefault("DEFERRED_SESSIONS", '{"FLUSH_INTERVAL": 30.0, "RECORD_CLIENT": true}')
     return environment
 
 

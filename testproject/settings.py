@@ -30,6 +30,7 @@ ALLOWED_HOSTS = ["*"]
 ROOT_URLCONF = "testproject.urls"
 USE_TZ = True
 TIME_ZONE = "UTC"
+LOGIN_URL = "login"
 STATIC_URL = "static/"
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = False

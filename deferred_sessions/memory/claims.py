@@ -39,7 +39,17 @@ _FLOCK: Final = struct.Struct("hhqqi4x")  # type, whence, start, length, process
 class Claim:
     """One holder's right to a session, or to portions of it."""
 
-    __slots__ = ("has_turn", "key", "locked", "names", "owner", "since", "wake")
+    __slots__ = (
+        "began",
+        "had_to_wait",
+        "has_turn",
+        "key",
+        "locked",
+        "names",
+        "owner",
+        "since",
+        "wake",
+    )
 
     def __init__(
         self, key: str, names: frozenset[str], owner: Hashable, wake: Callable[[], object]
@@ -56,6 +66,10 @@ class Claim:
         """The bytes that are locked for it, in order."""
         self.since = 0.0
         """When it was complete, monotonic; 0.0 before."""
+        self.began = time.monotonic()
+        """When it was made, monotonic."""
+        self.had_to_wait = False
+        """Somebody else had what it wants."""
 
     def excludes(self, other: Claim) -> bool:
         """Tell whether the two must not be held at once."""
@@ -76,6 +90,8 @@ class Claims:
         self.is_wanted: Callable[[str], bool] = lambda _: False
         """Tells whether another node waits for a session: who holds nothing of it yet waits
         until that node has got it."""
+        self.on_waited: Callable[[float, bool], object] = lambda *_: None
+        """Called after a wait with its seconds, and whether it was in vain."""
         self._path = directory / FILE
         self._mutex = threading.Lock()
         self._lines: dict[str, list[Claim]] = {}  # by session: held, then waiting, in order
@@ -184,6 +200,7 @@ class Claims:
             claim = Claim(key, missing, owner, wake)
             line.insert(_first_waiting(line) if mine else len(line), claim)
             _give_turns(line)
+            claim.had_to_wait = not claim.has_turn
         return claim
 
     def _until_unwanted(self, key: str, owner: Hashable, deadline: float) -> Iterator[float]:
@@ -201,6 +218,7 @@ class Claims:
         while not (claim.has_turn and self._lock(claim)):
             if not claim.has_turn or time.monotonic() + pause > deadline:
                 raise self._timed_out(claim, timeout)
+            claim.had_to_wait = True
             yield pause
             pause = next(pauses, pause)
 
@@ -217,7 +235,9 @@ class Claims:
                 claim.locked.append(byte)
                 self._users[byte] += 1
             claim.since = time.monotonic()
-            return True
+        if claim.had_to_wait:
+            self.on_waited(claim.since - claim.began, False)
+        return True
 
     def _open(self) -> int:
         make_private(self._path.parent)
@@ -226,6 +246,7 @@ class Claims:
 
     def _timed_out(self, claim: Claim, timeout: float) -> LockTimeoutError:
         """Say what was waited for, and who has it."""
+        self.on_waited(timeout, True)
         what = f"Portions {sorted(claim.names)} of a session" if claim.names else "A session"
         with self._mutex:
             line = self._lines.get(claim.key, [])

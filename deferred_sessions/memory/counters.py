@@ -81,6 +81,12 @@ class Counter(IntEnum):
     """Sessions given up to other nodes."""
     LEASE_WAITS = 23
     """Sessions that a request had to wait for, because another node had them."""
+    LOCK_WAITS = 27
+    """Claims on sessions, or portions of them, that had to wait for others."""
+    LOCK_WAIT_MILLISECONDS = 28
+    """How long they waited, all together."""
+    LOCK_TIMEOUTS = 29
+    """Claims that gave up waiting."""
 
 
 class Counters:

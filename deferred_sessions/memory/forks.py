@@ -52,7 +52,7 @@ def _before() -> None:
         try:
             part.before_fork()
         except Exception:  # whatever it is, the others must be prepared, and undone
-            logger.exception("A part cannot prepare for a fork.", extra={"action": "fork"})
+            logger.exception("A part cannot prepare for a fork.", extra={"action": "fork_failed"})
         else:
             _prepared.append(part)
 
@@ -63,5 +63,5 @@ def _after(*, in_child: bool) -> None:
         try:
             part.after_fork(in_child=in_child)
         except Exception:
-            logger.exception("A part cannot go on after a fork.", extra={"action": "fork"})
+            logger.exception("A part cannot go on after a fork.", extra={"action": "fork_failed"})
     _forking.release()

@@ -54,6 +54,15 @@ class ProcessLock:
             self._files.add(file)
             yield _lock(file, wait=wait)
 
+    def is_taken(self) -> bool:
+        """Tell whether anybody holds the lock, without taking it."""
+        try:
+            with FileIO(self._path, "r+", opener=_opener) as file:
+                answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _WHOLE)
+        except FileNotFoundError:  # the directory
+            return False
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
 
 class Relay:
     """Work that one does for all who wait, turn by turn, among threads and processes.

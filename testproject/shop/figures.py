@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from deferred_sessions.memory.counters import Counter
-from deferred_sessions.runtime import get_runtime
+from deferred_sessions import statistics
+from deferred_sessions.statistics import Counter
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -35,21 +35,20 @@ def with_figures(application: Application) -> Application:
 def figures() -> dict[str, Any]:
     """Return the figures of this host, as the page shows them."""
     now = time.time()
-    runtime = get_runtime()
-    statistics = runtime.statistics.read(now)
-    counters = statistics.counters
-    flush = statistics.last_flush
+    current = statistics.read(now)
+    counters = current.counters
+    flush = current.last_flush
     return {
         "requests": counters[Counter.REQUESTS],
         "updates": counters[Counter.UPDATES] + counters[Counter.CREATIONS],
         "statements": counters[Counter.STATEMENTS],
         "rows": counters[Counter.ROWS_WRITTEN],
-        "sessions": statistics.store.records,
-        "dirty": statistics.store.dirty,
-        "oldest": round(statistics.oldest_change_age, 1),
-        "interval": runtime.settings.flush_interval,
-        "used": statistics.store.used,
-        "size": statistics.store.size,
+        "sessions": current.store.records,
+        "dirty": current.store.dirty,
+        "oldest": round(current.oldest_change_age, 1),
+        "interval": current.interval,
+        "used": current.store.used,
+        "size": current.store.size,
         "flush": flush and {"age": round(now - flush.at, 1), "rows": flush.rows},
         "worker": os.getpid(),
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from django.contrib.sessions.backends.base import CreateError, SessionBase, UpdateError
+from django.contrib.sessions.backends.db import SessionStore as DjangoStore
 from django.utils import timezone
 
 Call = Callable[..., Any]
@@ -326,7 +327,8 @@ def test_rows_show_their_key_and_data(engine: Engine, call: Call) -> None:
     call(session, "save")
     row = engine.get_model_class().objects.get(pk=session.session_key)  # type: ignore[attr-defined]
 
-    assert str(row) == session.session_key
+    key = str(session.session_key)
+    assert str(row) == (key if engine is DjangoStore else f"{key[:4]}…")  # ours is for logs, too
     assert row.get_decoded() == {"x": 1}
 
 

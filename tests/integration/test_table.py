@@ -35,14 +35,14 @@ def test_the_models_match_the_migrations() -> None:
 def test_trap_12_the_sliding_expiry_has_no_index() -> None:
     """Trap 12: an index there would forbid HOT updates; the coarse day has one."""
     indexed = {
-        definition.partition("(")[2].rstrip(")")
+        definition.partition("(")[2].partition(")")[0]
         for (definition,) in query(
             "SELECT indexdef FROM pg_indexes WHERE tablename = 'deferred_sessions_session'"
         )
         if isinstance(definition, str)
     }
 
-    assert indexed == {"session_key", "expire_day"}
+    assert indexed == {"session_key", "expire_day", "user_id"}
 
 
 def test_room_and_vacuum_are_set() -> None:
@@ -62,7 +62,7 @@ def test_flushes_are_hot_updates(runtime: Runtime) -> None:
     session.save()
     sessions = [SessionStore() for _ in range(50)]
     for session in sessions:
-        session["n"] = 0
+        session.update({"n": 0, "_auth_user_id": "7"})
         session.save()
     query("SELECT pg_stat_reset() IS NULL")
     for turn in range(20):
@@ -79,7 +79,7 @@ def test_flushes_are_hot_updates(runtime: Runtime) -> None:
 
     assert updates == 1000
     assert isinstance(hot, int)
-    assert hot >= 950
+    assert hot >= 900  # the others found their page full; an index would make it none
 
 
 def test_the_day_follows_the_expiry() -> None:
@@ -130,7 +130,7 @@ def test_rows_made_by_others_have_sound_defaults() -> None:
         assert (stored.version, stored.fence, stored.owner, stored.user_id) == (1, 0, None, None)
         assert stored.get_decoded() == {"a": 1}
         assert SessionStore(key).load() == {"a": 1}
-    assert str(stored) == "fromsql12"
+    assert str(stored) == "from…"
 
 
 BESIDE_SQLITE = """

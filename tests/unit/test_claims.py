@@ -299,6 +299,30 @@ def test_a_child_has_no_claims_of_its_parent(claims: Claims) -> None:
     claims.release(held)
 
 
+def test_a_wait_for_another_process_is_told(
+    claims: Claims, another_process: Callable[..., Any]
+) -> None:
+    told: list[tuple[float, bool]] = []
+    claims.on_waited = lambda seconds, was_in_vain: told.append((seconds, was_in_vain))
+    process = another_process("cart")
+
+    def has_tried() -> bool:
+        with claims._mutex:
+            return any(claim.locked for claim in claims._lines.get(KEY, []))
+
+    with pytest.raises(LockTimeoutError):
+        claims.hold(KEY, names("cart"), 1, 0.01)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(claims.hold, KEY, names("cart"), 1, 30)
+        while not has_tried():
+            time.sleep(0.001)
+        process.kill()
+        assert waiting.result(30) is not None
+    claims.hold(KEY, names("coupon"), 1, 0)
+    assert told[0] == (0.01, True)
+    assert [was_in_vain for _, was_in_vain in told] == [True, False]
+
+
 def test_portions_with_odd_names(claims: Claims) -> None:
     """Whatever can be a key of a session; and none is taken for another."""
     odd = ["", "\0", "é", "x" * 10_000, "\ud800"]

@@ -16,6 +16,7 @@ from deferred_sessions import conf, exceptions, schedule, topology
 from deferred_sessions.conf import Settings
 from deferred_sessions.management.commands.flushsessions import Command
 from deferred_sessions.memory.counters import Counter
+from deferred_sessions.memory.history import Gauge
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -24,10 +25,11 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 PACKAGE = ROOT / "deferred_sessions"
 
 
-def rows(document: str, heading: str) -> list[list[str]]:
-    """Return the cells of the first table under `heading`."""
+def rows(document: str, heading: str, table: int = 0) -> list[list[str]]:
+    """Return the cells of a table under `heading`, the first unless told otherwise."""
     section = document.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
+    found = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
+    lines = found[table].splitlines()
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
@@ -58,6 +60,24 @@ def test_every_counter() -> None:
     assert [code(row[0])[0] for row in rows(README, "Figures")] == [c.name for c in Counter]
 
 
+def test_every_gauge() -> None:
+    documented = [code(row[0])[0] for row in rows(README, "Figures", table=1)]
+    assert documented == [gauge.name for gauge in Gauge]
+
+
+def test_every_log_event() -> None:
+    documented = {code(row[0])[0] for row in rows(README, "Figures", table=2)}
+    sources = [path.read_text() for path in PACKAGE.rglob("*.py")]
+    assert documented == {name for s in sources for name in re.findall(r'"action": "(\w+)"', s)}
+
+
+def test_every_message_has_an_action() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("logger."):
+                assert "extra" in {keyword.arg for keyword in node.keywords}, ast.unparse(node)
+
+
 def test_every_command_and_option() -> None:
     documented = " ".join(row[0] for row in rows(README, "Commands"))
     names = {path.stem for path in (PACKAGE / "management" / "commands").glob("[!_]*.py")}
@@ -65,7 +85,7 @@ def test_every_command_and_option() -> None:
     ours = {"--all", "--loop", "--beat"}
 
     assert names <= set(re.findall(r"manage\.py (\w+)", documented))
-    assert set(re.findall(r"--\w+", documented)) == ours
+    assert set(re.findall(r"--\w+", documented)) == ours | {"--watch"}
     assert ours <= {option for action in parser._actions for option in action.option_strings}
 
 
@@ -86,7 +106,7 @@ def test_every_module_is_on_the_map() -> None:
         for path in PACKAGE.rglob("*.py")
         if not path.name.startswith("__") and path.parent.name != "migrations"
     }
-    assert documented - {"migrations"} == modules
+    assert documented - {"migrations", "static", "templates"} == modules
 
 
 @pytest.mark.parametrize("row", rows(ARCHITECTURE, "Claims"), ids=lambda row: row[0])
@@ -113,6 +133,7 @@ def test_the_director_is_configured_as_documented(kind: str) -> None:
 
 def test_every_test_that_is_named_exists() -> None:
     for name in re.findall(
-        r"`(?:tests/)?((?:unit|integration|processes|cluster|director)/\w+\.py)`", ARCHITECTURE
+        r"`(?:tests/)?((?:unit|integration|processes|cluster|director|browser)/\w+\.py)`",
+        ARCHITECTURE,
     ):
         assert (ROOT / "tests" / name).exists(), name

@@ -7,16 +7,19 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Final
 
 from django.core.management.base import BaseCommand, CommandError
 
+from deferred_sessions import statistics
 from deferred_sessions.census import Census, bins, take_census
 from deferred_sessions.exceptions import DeferredSessionsError
-from deferred_sessions.memory.journal import Journal
+from deferred_sessions.management.watch import CLEAR, Watch
 from deferred_sessions.memory.tables import StoreStatus
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.runtime import get_runtime
+from deferred_sessions.statistics import JournalFigures
 
 STEP: Final = 20_000  # records between two signs of progress
 BAR: Final = 40  # characters
@@ -33,22 +36,49 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Define the options."""
         parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.add_argument(
+            "--watch",
+            nargs="?",
+            const=2.0,
+            type=float,
+            metavar="SECONDS",
+            help="show figures and rates, anew every so many seconds (2), until interrupted",
+        )
 
     def handle(self, **options: Any) -> None:
-        """Scan, and print."""
+        """Scan, and print; or watch."""
         store = get_runtime().store
         if not store.exists():
             raise CommandError("This host has no sessions in memory, as far as this user can see.")
+        if options["watch"] is not None:
+            self._watch(options["watch"])
+            return
         try:
             status = store.status()
             census = take_census(self._watched(store.scan(), status.records), time.time())
-            journal = None if store.journal is None else _journal(store.journal)
+            figures = statistics.read()
+            journal = None if figures.journal is None else _journal(figures.journal)
         except DeferredSessionsError as error:
             raise CommandError(str(error)) from error
         if options["json"]:
             self.stdout.write(json.dumps(_plain(census, status, journal)))
         else:
             self.stdout.write("\n".join(_lines(census, status, journal)))
+
+    def _watch(self, seconds: float) -> None:
+        """Show the figures until somebody has seen enough."""
+        if seconds <= 0:
+            raise CommandError("--watch needs a positive number of seconds.")
+        watch, start = Watch(), CLEAR if self.stdout.isatty() else ""
+        with suppress(KeyboardInterrupt):
+            while True:
+                try:
+                    frame = watch.frame(statistics.read())
+                except DeferredSessionsError as error:
+                    raise CommandError(str(error)) from error
+                self.stdout.write(f"{start}{frame}\n")
+                self.stdout.flush()
+                time.sleep(seconds)
 
     def _watched(self, records: Iterable[SessionRecord], total: int) -> Iterator[SessionRecord]:
         """Yield the records; show how far it is if somebody watches and it takes long."""
@@ -63,13 +93,13 @@ class Command(BaseCommand):
             self.stderr.write("\r" + " " * (BAR + 10) + "\r", ending="")
 
 
-def _journal(journal: Journal) -> dict[str, float]:
+def _journal(journal: JournalFigures) -> dict[str, float]:
     return {
-        "generation": journal.position()[0],
-        "active_bytes": journal.size(),
-        "retired_bytes": journal.retired(),
-        "unsynced_bytes": journal.unsynced(),
-        "age": round(max(0.0, time.time() - journal.swapped_at()), 1),
+        "generation": journal.generation,
+        "active_bytes": journal.active,
+        "retired_bytes": journal.retired,
+        "unsynced_bytes": journal.unsynced,
+        "age": round(journal.age, 1),
     }
 
 

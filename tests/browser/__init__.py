@@ -1,0 +1,3 @@
+"""The site as people see it, in a real browser."""
+
+from __future__ import annotations
