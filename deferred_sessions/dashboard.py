@@ -1,16 +1,21 @@
 """What the dashboard of the admin shows, as one JSON object; see `static/…/dashboard.js`.
 
-Called by `admin`. Invariant: figures of this host and its nodes, nothing of any session.
+Called by `admin`. Invariant: figures of this host and of the site's nodes, nothing of any session.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
+from django.db import DatabaseError
+from django.db.models import F
+from django.db.models.functions import Now
 from django.utils.translation import gettext as _
 
 from deferred_sessions import statistics
 from deferred_sessions.memory.history import STEP
+from deferred_sessions.models import Node, RefusedWrite
 from deferred_sessions.runtime import get_runtime
 from deferred_sessions.statistics import Sample, Statistics
 
@@ -18,6 +23,7 @@ SPANS: Final = {"15m": 900.0, "1h": 3600.0, "24h": 86_400.0}
 """What the charts can show, in seconds."""
 DEFAULT_SPAN: Final = "15m"
 LATEST: Final = STEP / 2  # seconds; the last point stands for at least so many
+HEARD: Final = timedelta(days=1)  # since a node that is listed was heard of
 ALARMING: Final = 2  # flush intervals that a change may be unsaved
 
 
@@ -76,22 +82,43 @@ def notices(figures: Statistics) -> list[Notice]:
 
 
 def nodes(figures: Statistics) -> list[dict[str, Any]]:
-    """Return the nodes that share the sessions, as far as this version knows of any others."""
-    return [
-        {
-            "name": figures.node,
-            "is_here": True,
-            "is_alive": True,
-            "sessions": figures.store.records,
-            "dirty": figures.store.dirty,
-            "seen": 0.0,
-        }
-    ]
+    """Return this node, and then the others that were heard of today, unless nobody can say."""
+    here = {
+        "name": figures.node,
+        "is_here": True,
+        "is_alive": True,
+        "sessions": figures.store.records,
+        "dirty": figures.store.dirty,
+        "seen": 0.0,
+    }
+    server = get_runtime().server
+    known = Node.objects.using(server.alias).exclude(node=server.owner()).alias(now=Now())
+    heard = known.filter(beat_at__gt=F("now") - HEARD)
+    try:
+        others = list(heard.annotate(age=F("now") - F("beat_at")))
+    except DatabaseError:
+        others = []
+    return [here, *map(_other, sorted(others, key=str))]
+
+
+def _other(node: Node) -> dict[str, Any]:
+    age: timedelta = node.age  # type: ignore[attr-defined]
+    return {
+        "name": str(node),
+        "is_here": False,
+        "is_alive": node.died_at is None,
+        "sessions": None,
+        "dirty": None,
+        "seen": age.total_seconds(),
+    }
 
 
 def refused() -> int | None:
-    """Return how many writes were refused and kept for inspection; None if none can be."""
-    return None
+    """Return how many writes were refused and kept for inspection; None if nobody can say."""
+    try:
+        return RefusedWrite.objects.using(get_runtime().server.alias).count()
+    except DatabaseError:
+        return None
 
 
 def _now(figures: Statistics) -> dict[str, Any]:

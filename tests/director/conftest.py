@@ -21,13 +21,17 @@ DIRECTORS = ("haproxy", "nginx")
 COOKIE = "sessionnode"
 
 
+WORKERS = ("--workers=2", "--threads=8")  # a request that waits for a dead node holds up no other
+QUICK = {"HEARTBEAT_INTERVAL": 0.2, "NODE_TIMEOUT": 2.0}  # seconds
+
+
 class Node:
     """A host of the site as the director sees it: a name, an address, a store of its own."""
 
     def __init__(self, name: str, site: Site) -> None:
         self.name = name
         self.site = site
-        self.web: Web = site.web("--workers=2")
+        self.web: Web = site.web(*WORKERS)
         self.pids = set(self.web.workers())
 
     @property
@@ -48,7 +52,7 @@ class Node:
 
     def start(self) -> None:
         """Start it again, at the same address."""
-        self.web = self.site.web("--workers=2", port=self.web.port)
+        self.web = self.site.web(*WORKERS, port=self.web.port)
         self.pids = set(self.web.workers())
 
     def command(self, *words: str) -> str:
@@ -165,7 +169,7 @@ def cluster(make_site: Callable[..., Site], tmp_path: Path) -> Cluster:
     """Three nodes of one site."""
     return Cluster(
         [
-            Node(name, make_site(tmp_path / name, NODE=name, NODE_COOKIE=COOKIE))
+            Node(name, make_site(tmp_path / name, NODE=name, NODE_COOKIE=COOKIE, **QUICK))
             for name in ("web1", "web2", "web3")
         ]
     )

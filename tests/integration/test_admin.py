@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from django.contrib.auth import SESSION_KEY
 from django.contrib.auth.models import Permission, User
 from django.test import Client as Browser
 from django.urls import reverse
+from django.utils import timezone
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.handles import handle_of
-from deferred_sessions.models import Session
+from deferred_sessions.models import Node, RefusedWrite, Session
 from deferred_sessions.runtime import Runtime
 from tests.integration.conftest import Outage, change, created, row
 
@@ -346,9 +348,22 @@ def test_the_dashboard_has_its_figures(admin: Pages, runtime: Runtime) -> None:
     assert figures["now"]["dirty"] == 1
     assert figures["counters"]["UPDATES"] >= 1
     assert figures["notices"][0]["level"] == "warning"  # nobody has flushed yet
-    assert figures["refused"] is None
+    assert figures["refused"] == 0
     assert [node["is_here"] for node in figures["nodes"]] == [True]
     assert admin.get(FIGURES, span="nonsense").status_code == 200
+
+
+def test_the_dashboard_knows_the_other_nodes(admin: Pages) -> None:
+    """Who is alive, who is not, and what was refused."""
+    Node.objects.create(node="web2#1")
+    Node.objects.create(node="web3#1", died_at=timezone.now())
+    Node.objects.create(node="old#1", beat_at=timezone.now() - timedelta(days=2))
+    refused = {"fence": 1, "version": 1, "changed_keys": [], "owner": "web2#1", "owner_fence": 2}
+    RefusedWrite.objects.create(session_key="k", node="web3#1", session_data="", **refused)
+    figures = admin.get(FIGURES).json()
+    found = [(node["name"], node["is_alive"]) for node in figures["nodes"][1:]]
+    assert found == [("web2", True), ("web3", False)]
+    assert figures["refused"] == 1
 
 
 def test_the_dashboard_turns_red_when_the_poller_is_dead(admin: Pages, runtime: Runtime) -> None:
