@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.engines import CONTROL, NOTHING, OURS, available, engine
+from benchmarks.engines import CONTROL, NOTHING, OURS, UNSHARED, available, engine
 from benchmarks.measure import Goal, Scale, Table
 from benchmarks.sessions import Engine
 
@@ -26,7 +26,7 @@ def measure(scale: Scale) -> Iterator[Table | Goal]:
     rows = []
     for name in available():
         for way in WAYS if name == OURS else WAYS[:1]:
-            if name not in (NOTHING, CONTROL, "signed_cookies"):  # these share nothing
+            if name not in (NOTHING, UNSHARED, CONTROL, "signed_cookies"):  # these share nothing
                 scale.progress(f"overlapping requests, {name}")
                 kept = [run(name, way, is_shared=is_shared) for is_shared in (False, True)]
                 rows.append((f"{name}, under `lock`" if way == "lock" else name, *map(str, kept)))

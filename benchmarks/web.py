@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from benchmarks.engines import CONTROL, NOTHING, OURS, available, engine
+from benchmarks.engines import CONTROL, NOTHING, OURS, UNSHARED, available, engine
 from benchmarks.measure import Figures, Goal, Plot, Scale, Table, medians, ratio, take_turns
 from benchmarks.server import Server
 from benchmarks.sessions import stored
@@ -20,12 +20,24 @@ from benchmarks.sessions import stored
 VISITORS = 200
 LOAD = 0.7  # of what the server can do
 DIRTY = 10_000
+BARE = "stores nothing, while the bare statement writes"
 POLLER = """
 import sys, time
 import django; django.setup()
 from benchmarks.sessions import stored
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.runtime import get_runtime
+from deferred_sessions.servers import sql
+from django.db import connection
+import psycopg
+
+def bare(keys):
+    runtime = get_runtime()
+    dirty, size = runtime.store.find_dirty(sorted(keys)), runtime.settings.batch_size
+    columns = runtime.flusher._writer.columns
+    parts = [dirty[start : start + size] for start in range(0, len(dirty), size)]
+    return [runtime.server.update_parameters(columns(part), time.time()) for part in parts]
+
 keys = [stored(SessionStore, 300) for _ in range(int(sys.argv[1]))]
 for turn, _ in enumerate(sys.stdin, 1):
     for key in keys:
@@ -33,9 +45,14 @@ for turn, _ in enumerate(sys.stdin, 1):
         session["count"] = turn
         session.save()
     print("dirty", flush=True)
-    sys.stdin.readline()
-    report = get_runtime().flusher.flush_once(time.time() + 61)
-    assert report.updated >= len(keys), report
+    batches = bare(keys)
+    if sys.stdin.readline() == "bare\n":
+        with psycopg.Cursor(connection.connection) as cursor:
+            for parameters in batches:
+                cursor.execute(sql.UPDATE, parameters)
+    else:
+        report = get_runtime().flusher.flush_once(time.time() + 61)
+        assert report.updated >= len(keys), report
     print("clean", flush=True)
 """
 
@@ -90,6 +107,9 @@ def of_gunicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
         if name in figures:
             value, spread = ratio(figures, name, OURS)
             yield Goal(f"requests/s, gunicorn, {what}", value, limit, is_least=True, spread=spread)
+    value, spread = ratio(figures, UNSHARED, OURS)
+    what = "the same, of an engine with a dictionary of its own: the limit"
+    yield Goal(what, value, 0.9, is_least=True, spread=spread)
     per_second = {name: 1 / value for name, value in medians(figures).items()}
     yield Plot("requests", "requests per second behind gunicorn", per_second, "requests/s")
 
@@ -124,20 +144,28 @@ def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Ite
         def nothing() -> float:
             return servers[NOTHING].ask("/probe/count/", duration, rate=rate).p99
 
-        def ours() -> float:
+        def meanwhile(name: str, what: str) -> float:
             poller.make_dirty()
-            timer = threading.Timer(duration / 3, poller.flush)
+            timer = threading.Timer(duration / 3, poller.flush, [what])
             timer.start()
-            p99 = servers[OURS].ask("/probe/count/", duration, rate=rate).p99
+            p99 = servers[name].ask("/probe/count/", duration, rate=rate).p99
             timer.join()
             return p99
 
-        results = take_turns({NOTHING: nothing, OURS: ours}, scale.of(7, 1))
+        candidates = {
+            NOTHING: nothing,
+            BARE: partial(meanwhile, NOTHING, "bare"),
+            OURS: partial(meanwhile, OURS, "flush"),
+        }
+        results = take_turns(candidates, scale.of(7, 1))
     rows = [(name, f"{value * 1000:.1f}") for name, value in medians(results).items()]
     title = f"99th percentile at {LOAD:.0%} load for {duration} s, in which {DIRTY:,} are flushed"
     yield Table(title, ("engine", "ms"), rows)
     value, spread = ratio(results, OURS, NOTHING)
     yield Goal("p99 at 70 % load while flushing, to no sessions", value, 1.5, spread=spread)
+    value, spread = ratio(results, BARE, NOTHING)
+    what = "the same without sessions, while the bare statement writes: the limit"
+    yield Goal(what, value, 1.5, spread=spread)
 
 
 class Poller:
@@ -160,15 +188,15 @@ class Poller:
         """Return when the sessions are dirty."""
         self._tell("dirty")
 
-    def flush(self) -> None:
-        """Return when they are flushed."""
-        self._tell("clean")
+    def flush(self, how: str) -> None:
+        """Return when they are written: by a "flush", or by the "bare" statements alone."""
+        self._tell("clean", how)
 
-    def _tell(self, answer: str) -> None:
+    def _tell(self, answer: str, word: str = "go") -> None:
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise RuntimeError("The poller has no pipes.")
-        stdin.write("go\n")
+        stdin.write(f"{word}\n")
         stdin.flush()
         if stdout.readline() != f"{answer}\n":
             raise RuntimeError("The poller died.")
