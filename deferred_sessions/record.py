@@ -3,7 +3,7 @@ r"""One session as the tiers move it, and its byte layout.
 Every tier and the flusher pass `SessionRecord` around; this is the only module that
 knows how one becomes bytes. Invariant: `decode(key, encode(record)) == record`.
 
-Layout, little-endian, 100 bytes before the variable part (`FORMAT` 3):
+Layout, little-endian, 100 bytes before the variable part (`FORMAT` 4):
 
     format    u8      of this layout, so that a later release can read older records
     user_len  u16     bytes of the user id
@@ -15,11 +15,12 @@ Layout, little-endian, 100 bytes before the variable part (`FORMAT` 3):
     user id   UTF-8
     payload   what SESSION_SERIALIZER made, to the end
 
-A clean record says most of it twice, so it is kept in 52 bytes (`SHORT`): what is not there
-is zero, or the same as what is stored. Nearly all sessions of a host are clean.
+A clean record says most of it twice, so it is kept in 28 to 52 bytes (`SHORT`): what is not
+there is zero, or the same as what is stored. Nearly all sessions of a host are clean.
 
-    layout, user_len, flags u8 each, 1 free, version, fence u32 each
-    created, expires, written, used, entered  f64 each
+    layout, user_len, flags, same u8 each, version, fence u32 each
+    entered, expires, and of created, written, used what `same` does not name  f64 each
+    same: 1 created is entered, 2 written is created, 4 used is entered
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, Final, NamedTuple
 
 from deferred_sessions.exceptions import RecordCorruptError
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 SHORT: Final = FORMAT | 0x80  # what begins a clean record
 
 CHANGED: Final = 1  # PostgreSQL does not have this payload (or this deletion)
@@ -41,7 +42,9 @@ DIRTY: Final = CHANGED | TOUCHED
 
 _HEADER: Final = struct.Struct("<BHBIIQQQdddddddd")
 _SIZE: Final = _HEADER.size
-_SHORT: Final = struct.Struct("<BBBxIIddddd")
+_SHORTS: Final = [struct.Struct("<BBBBII" + "d" * (5 - same.bit_count())) for same in range(8)]
+_SAME_AT, _SAME = 3, 7  # place and bits of `same`
+_ENTERED, _REST = 6, 8  # places among the fields of a short record
 _MOST: Final = 2**32 - 1  # of a version or a fence in a short record
 _LONGEST: Final = 255  # bytes of a user id there
 _VERSION: Final = struct.Struct("<Q")
@@ -157,7 +160,7 @@ def decode(key: str, data: memoryview | bytes) -> SessionRecord:
         RecordCorruptError: Too short, or of a layout this version does not know.
     """
     fields = _fields(data)
-    size = _SIZE if fields[0] == FORMAT else _SHORT.size
+    size = _SIZE if fields[0] == FORMAT else _SHORTS[data[_SAME_AT] & _SAME].size
     start = size + fields[1]
     if start > len(data):
         raise RecordCorruptError(f"A record of {len(data)} bytes is cut short.")
@@ -171,8 +174,8 @@ def _fields(data: memoryview | bytes) -> tuple[Any, ...]:
         if layout == FORMAT:
             return _HEADER.unpack_from(data)
         if layout == SHORT:
-            return _long(_SHORT.unpack_from(data))
-    except struct.error as error:
+            return _long(_SHORTS[data[_SAME_AT] & _SAME].unpack_from(data))
+    except (struct.error, IndexError) as error:
         raise RecordCorruptError(f"A record of {len(data)} bytes is cut short.") from error
     raise RecordCorruptError(
         f"Record layout {layout} is unknown; this version reads layout {FORMAT}."
@@ -181,11 +184,24 @@ def _fields(data: memoryview | bytes) -> tuple[Any, ...]:
 
 def _long(fields: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the fields of a long head that say the same as these of a short one."""
-    layout, user_length, flags, version, fence, created, expires, written, used, entered = fields
+    layout, user_length, flags, same, version, fence, entered, expires = fields[:_REST]
+    created, written, used = _PLACES[same & _SAME]
     return (
         layout, user_length, flags, 0, 0, version, version, fence,
-        created, expires, expires, written, 0.0, 0.0, used, entered,
+        fields[created], expires, expires, fields[written], 0.0, 0.0, fields[used], entered,
     )  # fmt: skip
+
+
+def _places(same: int) -> tuple[int, int, int]:
+    """Return where the creation, the last write and the last use are in a short record."""
+    free = iter(range(_REST, _REST + 3))
+    created = _ENTERED if same & 1 else next(free)
+    written = created if same & 2 else next(free)
+    used = _ENTERED if same & 4 else next(free)
+    return created, written, used
+
+
+_PLACES: Final = [_places(same) for same in range(8)]
 
 
 def _short_head(fields: tuple[Any, ...], user_length: int) -> bytes | None:
@@ -201,8 +217,14 @@ def _short_head(fields: tuple[Any, ...], user_length: int) -> bytes | None:
         or user_length > _LONGEST
     ):
         return None
-    return _SHORT.pack(
-        SHORT, user_length, flags, version, fence, created, expires, written, used, entered
+    same, rest = 0, []
+    for bit, time, known in ((1, created, entered), (2, written, created), (4, used, entered)):
+        if time == known:
+            same |= bit
+        else:
+            rest.append(time)
+    return _SHORTS[same].pack(
+        SHORT, user_length, flags, same, version, fence, entered, expires, *rest
     )
 
 
@@ -211,7 +233,7 @@ def split_rests(records: Iterable[tuple[Head, bytes]]) -> tuple[list[str], list[
     user_ids: list[str] = []
     payloads: list[bytes] = []
     for head, data in records:
-        size = _SIZE if head[0] == FORMAT else _SHORT.size
+        size = _size(data)
         start = size + head[1]
         user_ids.append(data[size:start].decode() if head[1] else "")
         payloads.append(data[start:])
@@ -225,7 +247,7 @@ def encode_written(data: bytes, head: Head, now: float) -> bytes:
     flusher does it for each row.
     """
     (
-        layout, user_length, _, _, _, version, _, fence,
+        _, user_length, _, _, _, version, _, fence,
         created_at, expires_at, _, _, _, _, used_at, entered_at,
     ) = head  # fmt: skip
     fields = (
@@ -233,7 +255,12 @@ def encode_written(data: bytes, head: Head, now: float) -> bytes:
         created_at, expires_at, expires_at, now, 0.0, 0.0, used_at, entered_at,
     )  # fmt: skip
     written = _short_head(fields, user_length) or _HEADER.pack(FORMAT, user_length, *fields)
-    return written + data[_SIZE if layout == FORMAT else _SHORT.size :]
+    return written + data[_size(data) :]
+
+
+def _size(data: bytes) -> int:
+    """Return the bytes of a head that can be read."""
+    return _SIZE if data[0] == FORMAT else _SHORTS[data[_SAME_AT] & _SAME].size
 
 
 def version_of(data: memoryview, start: int, stop: int) -> int:

@@ -48,7 +48,7 @@ class Databases(NamedTuple):
     due: lmdb._Database
     """due time, session key -> time of the first unsaved change; dirty records only"""
     used: lmdb._Database
-    """kind, time of last use, session key -> nothing"""
+    """kind, minute of last use -> starts of session keys; see `indexes`"""
     notes: lmdb._Database
     """name -> what the processes of the node tell each other"""
     incarnation: str
@@ -174,8 +174,9 @@ class MappedFile:
                 txn.put(b"identity", self._identity.encode(), db=notes)
                 txn.put(b"layout", str(FORMAT).encode(), db=notes)
                 txn.put(b"incarnation", secrets.token_hex(8).encode(), db=notes)
-            for name in (b"records", b"due", b"used"):
+            for name in (b"records", b"due"):
                 env.open_db(name)
+            env.open_db(b"used", dupsort=True, dupfixed=True)
         finally:
             env.close()
         place.allocate(seed, size)
@@ -223,7 +224,8 @@ class MappedFile:
                 f"version reads layout {FORMAT}. Flush it with the version that wrote it "
                 "(manage.py flushsessions --all), then remove the directory."
             )
-        records, due, used = map(env.open_db, (b"records", b"due", b"used"))
+        records, due = map(env.open_db, (b"records", b"due"))
+        used = env.open_db(b"used", dupsort=True, dupfixed=True)
         return Databases(env, records, due, used, notes, incarnation, in_use, None)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from deferred_sessions.lifecycle import TOMBSTONE_LIFETIME
-from deferred_sessions.memory import handing, tables
+from deferred_sessions.memory import eviction, handing, tables
 from deferred_sessions.memory.directory import PAGE, other_owners
 from deferred_sessions.memory.environment import Databases, Log, MappedFile
 from deferred_sessions.memory.journal import Journal
@@ -245,15 +245,15 @@ class HostStore(Transactions):
         Returns:
             How many were removed; 0 if all that is left is dirty.
         """
-        evicted = self._write(tables.evict, count)
+        evicted = self._write(eviction.evict, count)
         self.on_evicted(evicted)
         return evicted
 
     def sweep(self, now: float) -> int:
         """Forget the tombstones that have done their duty; return how many."""
-        total = swept = self._write(tables.sweep, now - TOMBSTONE_LIFETIME, BATCH)
+        total = swept = self._write(eviction.sweep, now - TOMBSTONE_LIFETIME, BATCH)
         while swept == BATCH:
-            swept = self._write(tables.sweep, now - TOMBSTONE_LIFETIME, BATCH)
+            swept = self._write(eviction.sweep, now - TOMBSTONE_LIFETIME, BATCH)
             total += swept
         return total
 

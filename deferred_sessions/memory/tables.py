@@ -37,7 +37,6 @@ FULL: Final = (
     "The session store is full of changes that PostgreSQL does not have yet. Is the "
     "flusher running? Otherwise raise DEFERRED_SESSIONS['STORE_SIZE']."
 )
-_PATIENCE: Final = 8  # dirty sessions that eviction looks past for each it wants
 _REMOVALS: Final = b"removals"  # note: transactions that removed something, 64 bits
 MAX_BATCH: Final = 8 << 20  # bytes of records at once: a flush must fit into memory
 
@@ -172,17 +171,20 @@ def restore(
     """
     if not _is_behind(txn, dbs.records, records):
         records = [each for each in records if _gives_way(txn, dbs, *each)]
-    due, used = indexes.DUE.pack(indexes.microseconds(now - 1.0)), indexes.microseconds(now)
-    kinds = [indexes.USED.pack(kind, used) for kind in (indexes.SESSIONS, indexes.TOMBSTONES)]
+    due = indexes.DUE.pack(indexes.microseconds(now - 1.0))
     sessions, tombstones = (
-        [(kind + name, b"") for name, data in records if is_tombstone(data) is wanted]
-        for kind, wanted in zip(kinds, (False, True), strict=True)
+        dict.fromkeys(
+            (indexes.minute(kind, now), indexes.start_of(name))
+            for name, data in records
+            if is_tombstone(data) is wanted
+        )
+        for kind, wanted in ((indexes.SESSIONS, False), (indexes.TOMBSTONES, True))
     )
     for database, items in (
         (dbs.records, records),
         (dbs.due, [(due + name, data[CHANGED_AT]) for name, data in records]),
-        (dbs.used, sessions),
-        (dbs.used, tombstones),
+        (dbs.used, list(sessions)),
+        (dbs.used, list(tombstones)),
     ):
         cursor = txn.cursor(database)
         cursor.putmulti(items, append=_is_behind(txn, database, items))
@@ -193,7 +195,7 @@ def _is_behind(
 ) -> bool:
     """Tell whether all of `items`, which are in order, come after all that is there."""
     cursor = txn.cursor(database)
-    return not items or not cursor.last() or bytes(cursor.key()) < items[0][0]
+    return not items or not cursor.last() or cursor.item() < items[0]
 
 
 def _gives_way(txn: lmdb.Transaction, dbs: Databases, name: bytes, data: bytes) -> bool:
@@ -294,24 +296,6 @@ def take_out(txn: lmdb.Transaction, dbs: Databases, entries: Iterable[bytes]) ->
         txn.delete(entry, db=dbs.due)
 
 
-def evict(txn: lmdb.Transaction, dbs: Databases, count: int) -> int:
-    """Remove up to `count` clean records: tombstones, then sessions not used for longest."""
-    forgotten = 0
-    for kind in (indexes.TOMBSTONES, indexes.SESSIONS):
-        start, end = indexes.USED.pack(kind, 0), indexes.USED.pack(kind + 1, 0)
-        candidates = indexes.entries(txn, dbs.used, start, (count - forgotten) * _PATIENCE)
-        its_own = [entry for entry in candidates if entry < end]
-        forgotten += _forget(txn, dbs, its_own, count - forgotten)
-    return forgotten
-
-
-def sweep(txn: lmdb.Transaction, dbs: Databases, before: float, count: int) -> int:
-    """Remove up to `count` clean tombstones that were buried before this time."""
-    end = indexes.USED.pack(indexes.TOMBSTONES, indexes.microseconds(before))
-    candidates = indexes.entries(txn, dbs.used, b"\0", count)
-    return _forget(txn, dbs, (entry for entry in candidates if entry < end), count)
-
-
 def clear(txn: lmdb.Transaction, dbs: Databases) -> None:
     """Remove every record."""
     for database in (dbs.records, dbs.due, dbs.used):
@@ -361,21 +345,3 @@ def note(txn: lmdb.Transaction, dbs: Databases, name: str) -> bytes | None:
 def set_note(txn: lmdb.Transaction, dbs: Databases, name: str, value: bytes) -> None:
     """Leave a note."""
     txn.put(name.encode(), value, db=dbs.notes)
-
-
-def _forget(txn: lmdb.Transaction, dbs: Databases, candidates: Iterable[bytes], count: int) -> int:
-    """Remove the first `count` clean records among `candidates` of the used index."""
-    forgotten = 0
-    for entry in candidates:
-        name = entry[indexes.USED.size :]
-        data = txn.get(name)
-        if data is not None and decode_head(data).flags & DIRTY:
-            continue
-        txn.delete(entry, db=dbs.used)
-        txn.delete(name)
-        forgotten += 1
-        if forgotten == count:
-            break
-    if forgotten:
-        count_removal(txn, dbs)
-    return forgotten

@@ -13,7 +13,7 @@ from typing import Final, TypeVar, TypeVarTuple
 import lmdb
 
 from deferred_sessions.exceptions import StoreFullError, StoreUnavailableError
-from deferred_sessions.memory import tables
+from deferred_sessions.memory import eviction, tables
 from deferred_sessions.memory.directory import PAGE
 from deferred_sessions.memory.environment import Databases, MappedFile
 from deferred_sessions.memory.tables import StoreStatus
@@ -86,7 +86,7 @@ class Transactions:
         while batch:
             try:
                 with self._file.writing:
-                    evicted = _transact(dbs, True, tables.evict, batch)
+                    evicted = _transact(dbs, True, eviction.evict, batch)
             except lmdb.MapFullError:
                 batch //= 4  # removing takes pages too: try fewer
             except lmdb.Error as error:

@@ -74,7 +74,13 @@ clean = st.builds(
 records = st.one_of(
     anything,
     clean,
-    st.builds(lambda r: r._replace(version=7, stored_version=7, fence=1), clean),
+    st.builds(
+        lambda r, same: r._replace(
+            version=7, stored_version=7, fence=1, **dict.fromkeys(same, r.entered_at)
+        ),
+        clean,
+        st.sets(st.sampled_from(["created_at", "written_at", "used_at"])),
+    ),
 )
 
 
@@ -152,7 +158,7 @@ def test_unknown_layout_is_refused() -> None:
     """A record of a later release says so instead of being misread."""
     data = bytes([FORMAT + 1]) + bytes(200)
 
-    with pytest.raises(RecordCorruptError, match="layout 4 is unknown"):
+    with pytest.raises(RecordCorruptError, match="layout 5 is unknown"):
         decode("somekey1", data)
 
 
@@ -167,7 +173,17 @@ def test_versions_do_not_wrap() -> None:
 def test_a_clean_record_is_short() -> None:
     """Half as much for what nearly all of memory is; whatever does not fit is as any other."""
     clean = _CLEAN
-    assert len(encode(clean)) == 52 + len(clean.payload)
+    times = {"created_at": 1.5, "written_at": 2.5, "used_at": 3.5, "entered_at": 4.5}
+    for same, size in (
+        ((), 52),
+        (("created_at", "entered_at"), 44),
+        (("written_at", "created_at"), 44),
+        (("used_at", "entered_at"), 44),
+        (("written_at", "created_at", "used_at", "entered_at"), 28),
+    ):
+        record = clean._replace(**{**times, **dict.fromkeys(same, 9.5)})
+        assert len(encode(record)) == size + len(clean.payload)
+        assert decode(record.key, encode(record)) == record
     for other in (
         clean._replace(flags=TOUCHED),
         clean._replace(requests=1),
@@ -197,8 +213,14 @@ def test_errors_have_one_root() -> None:
 
 def test_the_layout_has_its_number() -> None:
     """Whoever changes the layout must raise FORMAT, or old stores are misread."""
-    layouts = [(each.format, each.size) for each in (record_module._HEADER, record_module._SHORT)]
-    assert (FORMAT, layouts) == (3, [("<BHBIIQQQdddddddd", 100), ("<BBBxIIddddd", 52)])
+    layouts = [
+        (each.format, each.size)
+        for each in (record_module._HEADER, record_module._SHORTS[0], record_module._SHORTS[7])
+    ]
+    assert (FORMAT, layouts) == (
+        4,
+        [("<BHBIIQQQdddddddd", 100), ("<BBBBIIddddd", 52), ("<BBBBIIdd", 28)],
+    )
 
 
 @given(records)

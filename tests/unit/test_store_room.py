@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 
 from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import StoreFullError
+from deferred_sessions.memory import indexes
 from deferred_sessions.memory.store import HostStore
 from tests.unit.records import NOW, POLICY, bury, due_keys, key, put, save
 
@@ -50,6 +52,68 @@ def test_use_saves_from_eviction(store: HostStore) -> None:
     assert store.get(key(0)) is not None
     assert [store.get(key(n)) for n in (1, 2, 3)] == [None, None, None]
     assert store.get(key(4)) is not None
+
+
+def test_the_oldest_use_goes_first_whatever_the_keys(store: HostStore) -> None:
+    """To the minute; many sessions of one minute are no trouble."""
+    for number in range(900):
+        put(store, key(900 - number), at=NOW + number // 300 * indexes.GRAIN, clean=True)
+
+    for minute in range(3):
+        assert store.evict(300) == 300
+        left = sorted(record.key for record in store.scan())
+        assert left == [key(1 + number) for number in range(600 - minute * 300)]
+
+
+def test_sessions_whose_keys_start_alike_have_their_own_places(store: HostStore) -> None:
+    """Keys of a project's own making; one that goes does not take the other's place along."""
+    keys = ["shop-eu-" + end for end in ("", "0", "0000", "0000a", "0000b", "0001")]
+    for number, name in enumerate(keys):
+        put(store, name, at=NOW + number * indexes.GRAIN, clean=True)
+        put(store, name + "-twin"[: 40 - len(name)], at=NOW + number * indexes.GRAIN, clean=True)
+    store.update(keys[3], lambda record: record and lifecycle.used(record, now=NOW + 9999))
+
+    for left in range(11, 0, -1):
+        assert store.evict(1) == 1
+        assert store.status().records == left
+    assert store.get(keys[3]) is not None
+    assert store.evict(1) == 1
+    assert entries_of_use(store) == set()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_record_can_be_found_by_its_use(store: HostStore, seed: int) -> None:
+    """Whatever happens in whatever order; a record without a place would never leave."""
+    chance = random.Random(seed)
+    keys = [start + end for start in ("alike-alike-", "shorter0") for end in ("", "1", "2", "23")]
+    for step in range(300):
+        name, now = chance.choice(keys), NOW + step * 10
+        match chance.randrange(5):
+            case 0:
+                put(store, name, at=now, clean=True)
+            case 1:
+                store.update(name, lambda r, now=now: r and lifecycle.used(r, now=now + 600))
+            case 2:
+                store.update(name, lambda _: None)
+            case 3 if store.get(name) is not None:
+                store.update(name, partial(bury, at=now))
+            case _:
+                store.evict(chance.randrange(2))
+        places = entries_of_use(store)
+        for record in store.scan():
+            start = indexes.start_of(record.key.encode())
+            assert (indexes.minute_of(record), start) in places
+
+    store.evict(100)
+    assert store.status().records == 0
+    assert entries_of_use(store) == set()
+
+
+def entries_of_use(store: HostStore) -> set[tuple[bytes, bytes]]:
+    """Return the entries of the index by last use."""
+    dbs = store._file.open()
+    with dbs.env.begin() as txn:
+        return {(bytes(when), bytes(start)) for when, start in txn.cursor(dbs.used)}
 
 
 def test_a_store_full_of_changes_refuses_and_loses_nothing(store: HostStore) -> None:
@@ -108,7 +172,7 @@ def test_confirmed_tombstones_are_swept(store: HostStore) -> None:
     store.update(key(1), partial(bury, at=NOW))
     assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME - 1) == 0
 
-    assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME + 1) == 1
+    assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME + indexes.GRAIN) == 1
 
     assert store.get(key(1)) is None
     assert store.status().records == 0
@@ -119,7 +183,7 @@ def test_however_many_tombstones_there_are_all_are_swept(store: HostStore) -> No
         put(store, key(number), clean=True)
         store.update(key(number), partial(bury, at=NOW))
 
-    assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME + 1) == 600
+    assert store.sweep(NOW + lifecycle.TOMBSTONE_LIFETIME + indexes.GRAIN) == 600
 
 
 def test_confirmed_tombstones_are_evicted_before_sessions(store: HostStore) -> None:
