@@ -27,10 +27,8 @@ from django.utils.functional import cached_property
 from deferred_sessions.deferred_session import (
     KEY_LENGTH,
     TROUBLE,
-    USER_KEY,
     DeferredSession,
     as_django_says,
-    as_text,
     is_valid,
 )
 from deferred_sessions.exceptions import (
@@ -40,6 +38,7 @@ from deferred_sessions.memory.cache import Entry
 from deferred_sessions.payload import Serializer, Snapshot
 from deferred_sessions.runtime import Runtime, get_runtime
 from deferred_sessions.saving import Memory
+from deferred_sessions.servers.rows import USER_KEY, as_text
 from deferred_sessions.session_lock import SessionLock
 
 NOT_CREATED: Final = (

@@ -47,6 +47,101 @@ INSERT: Final[LiteralString] = """
 """
 """Create sessions; a key that is taken is not changed and not counted."""
 
+ADOPT: Final[LiteralString] = """
+    WITH new AS (
+         SELECT *
+           FROM unnest(%b::text[], %b::text[], %b::float8[], %b::int8[], %b::int8[],
+                       %b::text[], %b::float8[])
+                AS new (key, data, expires_at, version, fence, user_id, created_at)),
+    taken AS (
+         INSERT INTO deferred_sessions_adopted (session_key, expires_at)
+         SELECT key, to_timestamp(expires_at) FROM new ORDER BY key
+             ON CONFLICT (session_key) DO NOTHING
+         RETURNING session_key)
+    INSERT INTO deferred_sessions_session
+           (session_key, session_data, expire_date, version, fence, user_id, created_at,
+            owner, written_at)
+    SELECT key, data, to_timestamp(expires_at), version, fence, nullif(user_id, ''),
+           to_timestamp(created_at), nullif(%b::text, ''), to_timestamp(%b::float8)
+      FROM new JOIN taken ON taken.session_key = new.key
+        ON CONFLICT (session_key) DO NOTHING
+     RETURNING 1
+"""
+"""Create sessions that came from another engine, each once in its life."""
+
+SPEND: Final[LiteralString] = """
+    INSERT INTO deferred_sessions_adopted (session_key, expires_at)
+    SELECT key, to_timestamp(%b::float8) FROM unnest(%b::text[]) AS key
+        ON CONFLICT (session_key) DO NOTHING
+"""
+"""Have sessions that are being deleted not come from another engine any more."""
+
+SPENT: Final[LiteralString] = """
+    SELECT session_key
+      FROM deferred_sessions_adopted
+     WHERE session_key = ANY(%b::text[])
+ UNION ALL
+    SELECT session_key
+      FROM deferred_sessions_session
+     WHERE session_key = ANY(%b::text[])
+"""
+"""Which of these sessions are here, or were once."""
+
+PRUNE_ADOPTED: Final[LiteralString] = """
+    DELETE FROM deferred_sessions_adopted
+     WHERE expires_at < to_timestamp(%b::float8)
+"""
+"""Forget which sessions were taken over, when the other engine cannot have them any more."""
+
+COUNT_WRITTEN: Final[LiteralString] = """
+    SELECT count(*)
+      FROM deferred_sessions_session
+     WHERE expire_date > to_timestamp(%b::float8) AND written_at >= to_timestamp(%b::float8)
+"""
+"""How many sessions are to be copied to another table."""
+
+WRITTEN: Final[LiteralString] = """
+    SELECT session_key, session_data, extract(epoch FROM expire_date)::float8
+      FROM deferred_sessions_session
+     WHERE session_key > %b
+       AND expire_date > to_timestamp(%b::float8) AND written_at >= to_timestamp(%b::float8)
+     ORDER BY session_key
+     LIMIT %b::int8
+"""
+"""The next of these, to be copied to another database."""
+
+EXPORT: Final[LiteralString] = """
+    WITH page AS MATERIALIZED (
+         SELECT session_key, session_data, expire_date
+           FROM deferred_sessions_session
+          WHERE session_key > %b
+            AND expire_date > to_timestamp(%b::float8) AND written_at >= to_timestamp(%b::float8)
+          ORDER BY session_key
+          LIMIT %b::int8),
+    written AS (
+         INSERT INTO django_session AS theirs (session_key, session_data, expire_date)
+         SELECT session_key, session_data, expire_date FROM page ORDER BY session_key
+             ON CONFLICT (session_key) DO UPDATE
+            SET session_data = excluded.session_data, expire_date = excluded.expire_date
+          WHERE (theirs.session_data, theirs.expire_date)
+                IS DISTINCT FROM (excluded.session_data, excluded.expire_date)
+         RETURNING session_key)
+    SELECT page.session_key, written.session_key IS NOT NULL
+      FROM page LEFT JOIN written ON written.session_key COLLATE "C" = page.session_key
+     ORDER BY page.session_key
+"""
+"""Copy the next of these to a table of Django's (its name is put in), and tell which differed."""
+
+GONE: Final[LiteralString] = """
+    SELECT DISTINCT session_key
+      FROM deferred_sessions_revocation AS revocation
+     WHERE session_key IS NOT NULL
+       AND NOT EXISTS (SELECT 1
+                         FROM deferred_sessions_session AS stored
+                        WHERE stored.session_key = revocation.session_key)
+"""
+"""What was deleted here, as far as is remembered."""
+
 UPDATE: Final[LiteralString] = """
     UPDATE deferred_sessions_session AS stored
        SET session_data = new.data, expire_date = to_timestamp(new.expires_at),
