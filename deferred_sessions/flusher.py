@@ -117,17 +117,19 @@ class Flusher:
         """Delete what has expired by `now`, in PostgreSQL and in memory.
 
         Sessions that were extended in memory are flushed first; what PostgreSQL could not
-        take then, because it is locked or refused, is spared.
+        take then, because it is locked or refused, is spared; so is for an hour what another
+        node has a lease of.
 
         Raises:
             ServerUnavailableError: PostgreSQL is away.
         """
-        if self._store.exists():
+        is_node = self._store.exists()
+        if is_node:
             report = self.flush_once(now, everything=True)
             if report.failure:
                 raise ServerUnavailableError(report.failure)
             self._forget_expired(now)
-        self._server.clear_expired(now, spare=self._alive_in_memory(now))
+        self._server.clear_expired(now, spare=self._alive_in_memory(now), is_node=is_node)
         self._revocations.prune(now)
         Moves(self._server).prune_adopted(now - self._adopted_for)
 

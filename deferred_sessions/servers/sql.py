@@ -205,16 +205,23 @@ CLEAR_EXPIRED: Final[LiteralString] = """
     DELETE FROM deferred_sessions_session
      WHERE session_key IN (
            SELECT session_key
-             FROM deferred_sessions_session
+             FROM deferred_sessions_session AS stored
             WHERE expire_day <= (to_timestamp(%b::float8) AT TIME ZONE 'UTC')::date
               AND expire_date < to_timestamp(%b::float8)
+              AND (expire_date < to_timestamp(%b::float8)
+                   OR owner IS NULL
+                   OR starts_with(owner, %b)
+                   OR EXISTS (SELECT 1
+                                FROM deferred_sessions_node AS node
+                               WHERE node.node = stored.owner AND died_at IS NOT NULL))
               AND session_key <> ALL(%b::text[])
             LIMIT %b::int8
-              FOR UPDATE SKIP LOCKED)
+              FOR UPDATE OF stored SKIP LOCKED)
        AND (SELECT set_config('deferred_sessions.node', '-', true)) IS NOT NULL
 """
 """Delete a batch of expired sessions: the coarse day is indexed, the exact time is not.
-Nobody needs to hear of it."""
+What another node has a lease of, and may have extended in its memory, has until the second
+time. Nobody needs to hear of it."""
 
 REVOCATIONS: Final[LiteralString] = """
     SELECT id, xid::text::int8, session_key, node, extract(epoch FROM made_at)::float8,
