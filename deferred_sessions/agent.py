@@ -40,6 +40,8 @@ ASK_AGAIN: Final = 0.25  # seconds until PostgreSQL is asked whether it is still
 LISTEN_AGAIN: Final = 10.0  # seconds after the connection was lost, or refused
 LOG_INTERVAL: Final = 60.0  # seconds between messages about the same duty
 
+AGENT_FLUSH: Final = "agent_flush"  # the note of when the agent last had to flush
+
 
 class Agent:
     """Does a node's duties while it is elected."""
@@ -90,6 +92,7 @@ class Agent:
         if not is_forgotten:
             return False
         report = self._flusher.flush_once(now)
+        self._store.set_note(AGENT_FLUSH, repr(now).encode())
         if report.rows and not report.skipped:
             self._warn(
                 "no_poller",

@@ -34,6 +34,7 @@ NAME: Final = "DEFERRED_SESSIONS"
 ENGINE: Final = "deferred_sessions.backend"
 MIDDLEWARE: Final = "deferred_sessions.middleware.SessionMiddleware"
 SIGNED_COOKIES: Final = "django.contrib.sessions.backends.signed_cookies"  # has no keys
+DJANGOS_MIDDLEWARE: Final = "django.contrib.sessions.middleware.SessionMiddleware"
 ROUTER: Final = "deferred_sessions.router.SessionRouter"
 
 
@@ -238,6 +239,16 @@ def _is_other_engine(name: str) -> bool:
     except ImproperlyConfigured:
         return False
     return name not in (ENGINE, SIGNED_COOKIES) and issubclass(store, SessionBase)
+
+
+def names_asgi() -> bool:
+    """Tell whether the settings say that the site is served by ASGI."""
+    return bool(getattr(django_settings, "ASGI_APPLICATION", None))
+
+
+def has_djangos_middleware() -> bool:
+    """Tell whether Django's own middleware saves the sessions."""
+    return DJANGOS_MIDDLEWARE in django_settings.MIDDLEWARE
 
 
 def raw_settings() -> object:

@@ -313,6 +313,20 @@ BEAT: Final[LiteralString] = """
 DECLARE_DEAD: Final[LiteralString] = "SELECT deferred_sessions_declare_dead(%b, %b::int8)"
 """A node has not been heard of for too long; its leases are free, unless it beats just now."""
 
+NAMESAKES: Final[LiteralString] = """
+    SELECT DISTINCT split_part(earlier.node, '#', 1)
+      FROM deferred_sessions_node AS earlier
+      JOIN deferred_sessions_node AS later
+        ON split_part(later.node, '#', 1) = split_part(earlier.node, '#', 1)
+       AND later.node <> earlier.node
+       AND earlier.started_at <= later.started_at AND later.started_at < earlier.beat_at
+       AND later.beat > 0
+     WHERE least(earlier.beat_at, later.beat_at) > now() - interval '1 hour'
+     ORDER BY 1
+"""
+"""Names under which one incarnation was heard of after the next one had begun: a host that is
+started anew never is."""
+
 REFUSE: Final[LiteralString] = """
     INSERT INTO deferred_sessions_refused_write
            (session_key, node, fence, version, changed_keys, session_data, owner, owner_fence)
