@@ -40,6 +40,7 @@ BENCHMARKS = (
     "overlap",
     "handover",
     "placement",
+    "cleanup",
 )
 PACKAGES = {"redis-server": "redis-server", "wrk": "wrk"}  # command: package
 HERE = Path(__file__).parent

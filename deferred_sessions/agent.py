@@ -43,6 +43,7 @@ LISTEN_AGAIN: Final = 10.0  # seconds after the connection was lost, or refused
 LOG_INTERVAL: Final = 60.0  # seconds between messages about the same duty
 
 
+
 class Agent:
     """Does a node's duties while it is elected."""
 

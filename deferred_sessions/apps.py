@@ -6,7 +6,8 @@ Invariant: starting a process opens nothing; the first session does.
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
 
 from django.apps import AppConfig
 from django.core.checks import Tags, register
@@ -14,6 +15,9 @@ from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_finished, request_started
 from django.utils.translation import gettext_lazy as _
+
+if TYPE_CHECKING:
+    from deferred_sessions.memory.store import HostStore
 
 SERVERS: Final = (WSGIHandler, ASGIHandler)
 """Who sends requests of real visitors. (Not the test client: an agent's connection would
@@ -30,12 +34,17 @@ class DeferredSessionsConfig(AppConfig):
 
     def ready(self) -> None:
         """Register the checks and listen for the ends of requests."""
-        from deferred_sessions.checks import check_settings  # noqa: PLC0415 - apps first
+        from deferred_sessions.checks import (  # noqa: PLC0415 - apps first
+            check_deployment,
+            check_settings,
+        )
         from deferred_sessions.conf import project  # noqa: PLC0415
 
         project()
 
-        register(check_settings, Tags.sessions if hasattr(Tags, "sessions") else Tags.security)
+        tag = Tags.sessions if hasattr(Tags, "sessions") else Tags.security
+        register(check_settings, tag)
+        register(check_deployment, tag, deploy=True)
         request_started.connect(_on_request_started, dispatch_uid="deferred_sessions")
         request_finished.connect(_on_request_finished, dispatch_uid="deferred_sessions")
 
@@ -51,6 +60,17 @@ def _on_request_started(sender: type[object] | None, **_: Any) -> None:
             return
         if not is_under_test():
             agent.start()
+            if sender is ASGIHandler:
+                _note_asgi(runtime.store)
+
+
+def _note_asgi(store: HostStore) -> None:
+    """Leave word for `check --deploy`."""
+    from deferred_sessions.deployment import ASGI  # noqa: PLC0415
+    from deferred_sessions.exceptions import StoreError  # noqa: PLC0415
+
+    with suppress(StoreError):  # the request itself will say so
+        store.set_note(ASGI, b"1")
 
 
 def _on_request_finished(**_: Any) -> None:

@@ -21,31 +21,36 @@ from django.contrib.sessions.backends.base import (
     VALID_KEY_CHARS,
     CreateError,
 )
+from django.core.management.base import CommandError
 from django.utils.crypto import get_random_string
 from django.utils.functional import cached_property
 
 from deferred_sessions.deferred_session import (
     KEY_LENGTH,
     TROUBLE,
-    USER_KEY,
     DeferredSession,
     as_django_says,
-    as_text,
     is_valid,
 )
 from deferred_sessions.exceptions import (
     RowRefusedError,
+    ServerUnavailableError,
 )
 from deferred_sessions.memory.cache import Entry
 from deferred_sessions.payload import Serializer, Snapshot
 from deferred_sessions.runtime import Runtime, get_runtime
 from deferred_sessions.saving import Memory
+from deferred_sessions.servers.rows import USER_KEY, as_text
 from deferred_sessions.session_lock import SessionLock
 
 NOT_CREATED: Final = (
     "PostgreSQL inserts no session under any key. Is there a trigger or a rule on the table?"
 )
 CREATE_ATTEMPTS: Final = 10  # a random key is never taken that often
+
+
+class NotClearedError(CommandError, ServerUnavailableError):
+    """PostgreSQL is away; said by `manage.py clearsessions` without a traceback."""
 
 
 class SessionStore(DeferredSession):
@@ -286,8 +291,16 @@ class SessionStore(DeferredSession):
 
     @classmethod
     def clear_expired(cls) -> None:
-        """Delete expired sessions, after those that live on in memory were written."""
-        get_runtime().flusher.clear_expired(time.time())
+        """Delete expired sessions, after those that live on in memory were written.
+
+        Raises:
+            ServerUnavailableError: PostgreSQL is away; the rest stays for the next time. As
+                Django's `clearsessions` calls this, it is a `CommandError` as well.
+        """
+        try:
+            get_runtime().flusher.clear_expired(time.time())
+        except ServerUnavailableError as error:
+            raise NotClearedError(f"Expired sessions could not be deleted now: {error}") from error
 
     @classmethod
     async def aclear_expired(cls) -> None:

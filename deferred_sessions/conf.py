@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 from django.conf import settings as django_settings
+from django.contrib.sessions.backends.base import SessionBase
 from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
@@ -32,6 +33,8 @@ from deferred_sessions.topology import Servers, server_problems, weights_of
 NAME: Final = "DEFERRED_SESSIONS"
 ENGINE: Final = "deferred_sessions.backend"
 MIDDLEWARE: Final = "deferred_sessions.middleware.SessionMiddleware"
+SIGNED_COOKIES: Final = "django.contrib.sessions.backends.signed_cookies"  # has no keys
+DJANGOS_MIDDLEWARE: Final = "django.contrib.sessions.middleware.SessionMiddleware"
 ROUTER: Final = "deferred_sessions.router.SessionRouter"
 
 
@@ -94,6 +97,8 @@ class Settings:
     """Seconds without one after which other nodes take over its sessions."""
     listen: str | None = None
     """An alias of the same database past a pooler, to LISTEN on; None = that of SERVERS."""
+    import_engine: str | None = None
+    """The engine that the site used before, whose sessions are taken over; None = none."""
     servers: Servers = (DEFAULT_DB_ALIAS,)
     """The database aliases that hold the sessions, perhaps with weights; see `weights`."""
     copies: int = 1
@@ -174,6 +179,13 @@ def relations() -> Iterator[Problem]:
             "It gives a session back when its request ends. Put it in the place of Django's.",
         )
     yield from _node_cookie_relations(settings)
+    if settings.import_engine is not None and not _is_other_engine(settings.import_engine):
+        yield Problem(
+            "E031",
+            f"IMPORT_ENGINE is {settings.import_engine!r}, which is not an engine whose sessions "
+            "could be taken over.",
+            "Name what SESSION_ENGINE was before, such as 'django.contrib.sessions.backends.db'.",
+        )
     if not is_in_use():
         yield Problem(
             "W001",
@@ -222,6 +234,25 @@ def _node_cookie_relations(settings: Settings) -> Iterator[Problem]:
             f"NODE_COOKIE is set, but MIDDLEWARE lacks {MIDDLEWARE!r}, which sets the cookie.",
             "Put it in the place of Django's.",
         )
+
+
+def _is_other_engine(name: str) -> bool:
+    """Tell whether `name` is an engine that keeps sessions, and not this one."""
+    try:
+        store = session_store(name)
+    except ImproperlyConfigured:
+        return False
+    return name not in (ENGINE, SIGNED_COOKIES) and issubclass(store, SessionBase)
+
+
+def names_asgi() -> bool:
+    """Tell whether the settings say that the site is served by ASGI."""
+    return bool(getattr(django_settings, "ASGI_APPLICATION", None))
+
+
+def has_djangos_middleware() -> bool:
+    """Tell whether Django's own middleware saves the sessions."""
+    return DJANGOS_MIDDLEWARE in django_settings.MIDDLEWARE
 
 
 def raw_settings() -> object:
@@ -307,6 +338,24 @@ def cookie_attributes() -> dict[str, Any]:
 def session_serializer() -> Any:
     """Return the class that SESSION_SERIALIZER names."""
     return import_string(django_settings.SESSION_SERIALIZER)
+
+
+def session_store(engine: str) -> type[SessionBase]:
+    """Return the class of an engine, as SESSION_ENGINE names it.
+
+    Raises:
+        ImproperlyConfigured: There is no such engine.
+    """
+    try:
+        store: type[SessionBase] = import_string(f"{engine}.SessionStore")
+    except ImportError as error:
+        raise ImproperlyConfigured(f"There is no session engine {engine!r}: {error}") from error
+    return store
+
+
+def longest_life() -> float:
+    """Return for how many seconds a session lives that nobody uses, by default."""
+    return float(django_settings.SESSION_COOKIE_AGE)
 
 
 def store_identity() -> str:

@@ -29,15 +29,14 @@ from deferred_sessions.payload import Snapshot
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.runtime import Runtime, get_runtime
 from deferred_sessions.saving import Rest, Saving, has_moved_on
+from deferred_sessions.servers.rows import USER_KEY, as_text
 
 VALID_KEY: Final = re.compile(r"[0-9A-Za-z_-]{8,40}").fullmatch
 """What may reach a tier at all. A cookie can hold anything; Django's own keys are 32
 characters of a-z0-9, the rest leaves room for keys that other engines have made."""
 
-USER_KEY: Final = "_auth_user_id"
 KEY_LENGTH: Final = 32
 TROUBLE: Final = (ServerUnavailableError, SessionBusy)
-MAX_USER_ID: Final = 255  # characters; as wide as the column
 
 
 class DeferredSession(SessionBase):
@@ -208,12 +207,6 @@ def as_django_says() -> Iterator[None]:
         yield
     except SessionDeletedError as error:
         raise UpdateError(str(error)) from error
-
-
-def as_text(user_id: object) -> str:
-    """Return who is logged in, as far as the column can hold it."""
-    text = str(user_id).replace("\0", "")[:MAX_USER_ID]
-    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def is_valid(key: str | None) -> TypeGuard[str]:

@@ -15,6 +15,7 @@ that code which knows nothing of this package still understands it.
      ├── ServerUnavailableError        (ConnectionError)  PostgreSQL cannot be asked
      ├── RowRefusedError               (ValueError)       PostgreSQL refused this data
      │    └── RowLockedError             (TimeoutError)     somebody holds the row
+     ├── NotListableError              (TypeError)        sessions known by their keys only
      ├── SessionDeletedError           (LookupError)      deleted while it was in use
      ├── ReadOnlySessionError          (TypeError)        changed where that was ruled out
      ├── LockOrderError                (RuntimeError)     a lock that could never be had
@@ -70,6 +71,10 @@ class RowRefusedError(DeferredSessionsError, ValueError):
 
 class RowLockedError(RowRefusedError, TimeoutError):
     """A transaction of the application holds a row; nothing is wrong with the data."""
+
+
+class NotListableError(DeferredSessionsError, TypeError):
+    """The engine of before cannot tell which sessions it has."""
 
 
 class SessionDeletedError(DeferredSessionsError, LookupError):

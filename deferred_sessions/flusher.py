@@ -29,6 +29,7 @@ from deferred_sessions.policy import NEVER, Policy
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.report import POLLER, FlushReport
 from deferred_sessions.revocations import Revocations
+from deferred_sessions.servers.moves import Moves
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.signals import session_flushed
 from deferred_sessions.writer import RecordWriter
@@ -53,6 +54,7 @@ class Flusher:
         revocations: Revocations,
         batch_size: int,
         journal_age: float,
+        adopted_for: float,
     ) -> None:
         self._store = store
         self._server = server
@@ -61,6 +63,7 @@ class Flusher:
         self._policy = policy
         self._revocations = revocations
         self._batch_size = batch_size
+        self._adopted_for = adopted_for
         self._lock = ProcessLock(store.directory / "flush.lock")
         self.journal = JournalKeeper(store=store, flush=self._flush_all, age=journal_age)
         """Whose logs can be reset when all is flushed."""
@@ -133,18 +136,21 @@ class Flusher:
         """Delete what has expired by `now`, in PostgreSQL and in memory.
 
         Sessions that were extended in memory are flushed first; what PostgreSQL could not
-        take then, because it is locked or refused, is spared.
+        take then, because it is locked or refused, is spared; so is for an hour what another
+        node has a lease of.
 
         Raises:
             ServerUnavailableError: PostgreSQL is away.
         """
-        if self._store.exists():
+        is_node = self._store.exists()
+        if is_node:
             report = self.flush_once(now, everything=True, by="clear_expired")
             if report.failure:
                 raise ServerUnavailableError(report.failure)
             self._forget_expired(now)
-        self._server.clear_expired(now, spare=self._alive_in_memory(now))
+        self._server.clear_expired(now, spare=self._alive_in_memory(now), is_node=is_node)
         self._revocations.prune(now)
+        Moves(self._server).prune_adopted(now - self._adopted_for)
 
     def last_report(self) -> FlushReport | None:
         """Return the report of the last run on this node, by any process, or None."""

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from deferred_sessions import lifecycle
 from deferred_sessions.acquisition import Acquisition
+from deferred_sessions.adoption import Adoption
 from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exceptions import (
     RecordCorruptError,
@@ -59,6 +60,7 @@ class Intake:
         membership: Membership,
         pulse: Pulse,
         writer: RecordWriter,
+        adoption: Adoption | None,
     ) -> None:
         self._store = store
         self._server = server
@@ -67,9 +69,12 @@ class Intake:
         self._membership = membership
         self._pulse = pulse
         self._writer = writer
+        self._adoption = adoption
 
     def take_in(self, key: str, now: float) -> Found | None:
         """Return the session that PostgreSQL has under `key`, or None; memory keeps it.
+
+        What nobody here has ever known comes from the engine of before, if there is one.
 
         This node has its lease then. Not kept is what has expired, what cannot be verified
         (another process may have the right key), what an open transaction of the application
@@ -80,6 +85,22 @@ class Intake:
             SessionBusy: Another node does not let go of it.
         """
         self._check_in(now)
+        found = self._take(key, now)
+        if found is None and self._adoption is not None and self._store.get(key) is None:
+            found = self._adopt(key, self._adoption, now)
+        return found
+
+    def _adopt(self, key: str, adoption: Adoption, now: float) -> Found | None:
+        """Take over the session from the engine of before, or what others took over."""
+        removals = self._store.removals(key)
+        row = adoption.take_over(key, now)
+        if row is not None:
+            found, is_done = self._put(row, removals, now)
+            if is_done:
+                return found
+        return self._take(key, now)
+
+    def _take(self, key: str, now: float) -> Found | None:
         found, is_done = None, False
         for _ in range(ATTEMPTS):
             found, is_done = self._take_once(key, now)

@@ -121,6 +121,10 @@ RULES: Final[Mapping[str, tuple[Any, str]]] = {
         lambda value: _is_word(value, r"[A-Za-z][A-Za-z0-9_]{0,63}"),
         "None or up to 64 letters, digits and underscores, such as 'sessionnode'",
     ),
+    "IMPORT_ENGINE": (
+        lambda value: _is_word(value, r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"),
+        "None or an engine, such as 'django.contrib.sessions.backends.db'",
+    ),
     "SERVERS": (
         is_servers,
         "a list of different database aliases, such as ['default'], or a dictionary with weights",

@@ -19,6 +19,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 from deferred_sessions.acquisition import Acquisition
+from deferred_sessions.adoption import Adoption
 from deferred_sessions.agent import Agent
 from deferred_sessions.busy import Busy
 from deferred_sessions.bypass import Bypass
@@ -31,13 +32,16 @@ from deferred_sessions.conf import (
     get_settings,
     is_in_use,
     is_under_test,
+    longest_life,
     saves_every_request,
     session_serializer,
+    session_store,
     site,
     store_identity,
     traits,
 )
 from deferred_sessions.encoding import RowEncoder
+from deferred_sessions.exporting import Exporter
 from deferred_sessions.figures import FiguresReader
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.handover import Handover
@@ -52,6 +56,7 @@ from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.node_cookie import NodeCookie
+from deferred_sessions.old_engine import old_engine
 from deferred_sessions.overlap import Overlap
 from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
 from deferred_sessions.refusals import Refusals
@@ -64,6 +69,7 @@ from deferred_sessions.write_through import WriteThrough
 from deferred_sessions.writer import RecordWriter
 
 TEST_SIZE: Final = 16 << 20  # bytes; each test database has a store of its own
+DAY: Final = 86_400.0  # seconds; a deploy with both engines alive takes less
 READ_ONCE: Final = (
     NAME,
     "SECRET_KEY",
@@ -202,6 +208,9 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         timeout=settings.lock_timeout,
         clock=moment,
     )
+    adoption = None
+    if settings.import_engine is not None:
+        adoption = _adoption(settings.import_engine, server, codec, encoder)
     intake = Intake(
         store=store,
         server=server,
@@ -210,6 +219,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         membership=membership,
         pulse=pulse,
         writer=writer,
+        adoption=adoption,
     )
     revocations = Revocations(store=store, server=server, counters=counters, policy=policy)
     flusher = Flusher(
@@ -221,6 +231,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         revocations=revocations,
         batch_size=settings.batch_size,
         journal_age=settings.journal_age,
+        adopted_for=longest_life() + DAY,
     )
     figures = FiguresReader(
         store=store,
@@ -295,6 +306,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             counters=counters,
             policy=policy,
             write_on_create=settings.write_on_create,
+            adoption=adoption,
         ),
         request_end=RequestEnd(
             store=store,
@@ -316,6 +328,29 @@ def _count_wait(counters: Counters, seconds: float, was_in_vain: bool) -> None:
     counters.add(Counter.LOCK_WAIT_MILLISECONDS, round(1000 * seconds))
     if was_in_vain:
         counters.add(Counter.LOCK_TIMEOUTS)
+def build_adoption(engine: str) -> Adoption:
+    """Return what takes over the sessions of `engine`, whatever `IMPORT_ENGINE` says.
+
+    Raises:
+        ImproperlyConfigured: There is no such engine.
+    """
+    runtime = get_runtime()
+    return _adoption(engine, runtime.server, runtime.codec, RowEncoder())
+
+
+def build_exporter(engine: str) -> Exporter:
+    """Return what copies the sessions to the table of `engine`.
+
+    Raises:
+        ImproperlyConfigured: There is no such engine.
+        NotListableError: It has no table.
+    """
+    return Exporter(server=get_runtime().server, store=session_store(engine))
+
+
+def _adoption(engine: str, server: SessionServer, codec: Codec, encoder: RowEncoder) -> Adoption:
+    store = old_engine(session_store(engine))
+    return Adoption(engine=store, server=server, codec=codec, encoder=encoder)
 
 
 def _default_name(directory: Path) -> str:

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Final, Literal
 
 from deferred_sessions import lifecycle
+from deferred_sessions.adoption import Adoption
 from deferred_sessions.bypass import Bypass
 from deferred_sessions.exceptions import SessionDeletedError, StoreFullError
 from deferred_sessions.intake import Intake
@@ -55,6 +56,7 @@ class Tiers:
         counters: Counters,
         policy: Policy,
         write_on_create: bool,
+        adoption: Adoption | None,
     ) -> None:
         self._store = store
         self._pulse = pulse
@@ -67,6 +69,7 @@ class Tiers:
         self._counters = counters
         self._policy = policy
         self._write_on_create = write_on_create
+        self._adoption = adoption
 
     # Load
 
@@ -117,12 +120,14 @@ class Tiers:
         return not record.is_tombstone and record.expires_at > now
 
     def exists_in_server(self, key: str, now: float) -> bool:
-        """Tell whether PostgreSQL has a live session of this `key`.
+        """Tell whether PostgreSQL, or the engine of before, has a live session of this `key`.
 
         Raises:
             ServerUnavailableError: Nothing is known about the session.
         """
-        return self._server.exists(key, now)
+        if self._server.exists(key, now):
+            return True
+        return self._adoption is not None and self.fetch(key, now) is not None
 
     # Save
 
@@ -302,11 +307,24 @@ class Tiers:
 
         Memory forgets it first and remembers the deletion, so that no load or save
         that is under way brings it back; if PostgreSQL is away, or the application's
-        transaction rolls back, the flusher deletes it there later.
+        transaction rolls back, the flusher deletes it there later. The engine of before
+        (`IMPORT_ENGINE`) forgets it, too; if it cannot, that is logged, and nothing is taken
+        over from it.
 
         Raises:
             StoreFullError: PostgreSQL is away, and memory has no room to remember it.
         """
+        if self._adoption is None:
+            return self._delete(key, now)
+        self._adoption.bar(key, now)
+        try:
+            return self._delete(key, now)
+        finally:
+            self._adoption.delete(key)
+
+    # Inside
+
+    def _delete(self, key: str, now: float) -> SessionRecord | None:
         burial = partial(lifecycle.deleted, key=key, now=now, policy=self._policy)
         self._counters.add(Counter.DELETIONS)
         self._cache.drop(key)
@@ -321,8 +339,6 @@ class Tiers:
             self._write_through.write(tombstone, now)
         self._store.make_durable(now)
         return before
-
-    # Inside
 
     def _entry(self, record: SessionRecord) -> Entry[Snapshot]:
         return Entry(record.version, record.entered_at, self._codec.decode(record.payload))

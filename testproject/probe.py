@@ -56,6 +56,12 @@ def read(request: HttpRequest, key: str = "count") -> JsonResponse:
     return _answer(request, key)
 
 
+def who(request: HttpRequest) -> JsonResponse:
+    """Change the session of whoever is logged in, and say who that is."""
+    name = request.user.get_username()
+    return _answer(request, "count") if not name else count(request)
+
+
 def nothing(_: HttpRequest) -> HttpResponse:
     """Do not look at the session at all."""
     return HttpResponse("nothing")
@@ -114,6 +120,7 @@ urlpatterns = [
     path("read/", read),
     path("read/<key>/", read),
     path("nothing/", nothing),
+    path("who/", who),
     path("fail/", fail),
     path("die/", die),
     path("login/", log_in),

@@ -1,8 +1,8 @@
 """Settings of the test project.
 
 Everything that differs between a test run, the demo and a benchmark comes from the
-environment: DATABASE_URL, BROKER_URL, SESSION_DIRECTORY, and as JSON DEFERRED_SESSIONS and
-SESSION_DATABASES (URLs by alias).
+environment: DATABASE_URL, BROKER_URL, CACHE_URL, SESSION_ENGINE, SESSION_DIRECTORY, and as
+JSON DEFERRED_SESSIONS and SESSION_DATABASES (URLs by alias).
 """
 
 from __future__ import annotations
@@ -82,6 +82,14 @@ DATABASE_ROUTERS = ["deferred_sessions.router.SessionRouter"]
 
 if "DIRECT_URL" in os.environ:  # past a pooler
     DATABASES["direct"] = dj_database_url.parse(os.environ["DIRECT_URL"])
+
+if "CACHE_URL" in os.environ:
+    CACHES = {
+        "default": {
+            "BACKEND": "django.core.cache.backends.redis.RedisCache",
+            "LOCATION": os.environ["CACHE_URL"],
+        }
+    }
 
 SESSION_ENGINE = os.environ.get("SESSION_ENGINE", "deferred_sessions.backend")
 DEFERRED_SESSIONS = json.loads(os.environ.get("DEFERRED_SESSIONS", "{}"))

@@ -186,6 +186,12 @@ def room_for(directory: Path, wanted: int) -> int:
     return size
 
 
+def room_beside(directory: Path, wanted: int) -> int:
+    """Return how many of `wanted` bytes a map in `directory` could take, if it were made."""
+    place = next(path for path in (directory, *directory.parents) if path.exists())
+    return _room(place, wanted)[1]
+
+
 def grow(file: Path, wanted: int) -> None:
     """Extend the map in `file` to `wanted` bytes if there is room; else leave it, and say so.
 

@@ -32,6 +32,18 @@ def channel_of(node: str) -> str:
     return f"{CHANNEL}_{digest[:16]}"
 
 
+def connect(alias: str) -> psycopg.Connection[Any]:
+    """Connect as Django does, but with a connection of one's own, past any pool of Django's.
+
+    Raises:
+        psycopg.Error: It cannot be reached.
+    """
+    parameters = connections[alias].get_connection_params()
+    for ours in ("context", "cursor_factory", "prepare_threshold", "pool"):
+        parameters.pop(ours, None)
+    return psycopg.connect(**parameters, autocommit=True)
+
+
 class Listener:
     """A connection of its own that listens; opened by the first wait."""
 
@@ -73,11 +85,8 @@ class Listener:
         if now < self._try_at:
             return None
         self._try_at = now + self._retry_after
-        parameters = connections[self._alias].get_connection_params()
-        for ours in ("context", "cursor_factory", "prepare_threshold", "pool"):
-            parameters.pop(ours, None)
         try:
-            self._connection = psycopg.connect(**parameters, autocommit=True)
+            self._connection = connect(self._alias)
             self._connection.execute(f"LISTEN {CHANNEL}")
             self._connection.execute(f"LISTEN {channel_of(self._node())}".encode())
         except psycopg.Error:

@@ -7,7 +7,17 @@ are secrets.
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+USER_KEY: Final = "_auth_user_id"
+"""Where Django's login puts who it is."""
+MAX_USER_ID: Final = 255  # characters; as wide as the column
+
+
+def as_text(user_id: object) -> str:
+    """Return who is logged in, as far as the column can hold it."""
+    text = str(user_id).replace("\0", "")[:MAX_USER_ID]
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 class Row(NamedTuple):

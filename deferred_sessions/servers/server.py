@@ -27,6 +27,7 @@ from deferred_sessions.servers.rows import Columns, Revocation, Revocations, Row
 from deferred_sessions.servers.stream import StatementStream
 
 LOCK_TIMEOUT: Final = "1s"  # for rows that an application transaction holds
+LEASED_GRACE: Final = 3600.0  # seconds; a node that lives writes an expiry well before it bites
 CLEAR_BATCH: Final = 5000  # rows; locks are held for well under a second
 
 
@@ -221,10 +222,13 @@ class SessionServer:
 
     # Housekeeping
 
-    def clear_expired(self, now: float, *, spare: Sequence[str] = ()) -> int:
+    def clear_expired(self, now: float, *, spare: Sequence[str] = (), is_node: bool = True) -> int:
         """Delete what has expired by `now`, in batches that skip locked rows.
 
-        `spare` are keys whose row is older than the session; they are left alone.
+        `spare` are keys whose row is older than the session; they are left alone. So are, for
+        `LEASED_GRACE`, rows that another node has and that is not found dead: what its memory
+        has may live longer than the row, if somebody held the row when it was to be written.
+        A host without memory is not `is_node`: no lease is its own.
 
         Returns:
             How many rows were deleted.
@@ -232,9 +236,12 @@ class SessionServer:
         Raises:
             ServerUnavailableError: The rest stays for the next time.
         """
-        total = 0
+        total, mine = 0, self.name() if is_node else "#"  # what no owner begins with
         while True:
-            deleted = self._execute(sql.CLEAR_EXPIRED, [now, now, list(spare), CLEAR_BATCH])[1]
+            deleted = self._execute(
+                sql.CLEAR_EXPIRED,
+                [now, now, now - LEASED_GRACE, mine, list(spare), CLEAR_BATCH],
+            )[1]
             total += deleted
             if deleted < CLEAR_BATCH:
                 return total

@@ -47,6 +47,101 @@ INSERT: Final[LiteralString] = """
 """
 """Create sessions; a key that is taken is not changed and not counted."""
 
+ADOPT: Final[LiteralString] = """
+    WITH new AS (
+         SELECT *
+           FROM unnest(%b::text[], %b::text[], %b::float8[], %b::int8[], %b::int8[],
+                       %b::text[], %b::float8[])
+                AS new (key, data, expires_at, version, fence, user_id, created_at)),
+    taken AS (
+         INSERT INTO deferred_sessions_adopted (session_key, expires_at)
+         SELECT key, to_timestamp(expires_at) FROM new ORDER BY key
+             ON CONFLICT (session_key) DO NOTHING
+         RETURNING session_key)
+    INSERT INTO deferred_sessions_session
+           (session_key, session_data, expire_date, version, fence, user_id, created_at,
+            owner, written_at)
+    SELECT key, data, to_timestamp(expires_at), version, fence, nullif(user_id, ''),
+           to_timestamp(created_at), nullif(%b::text, ''), to_timestamp(%b::float8)
+      FROM new JOIN taken ON taken.session_key = new.key
+        ON CONFLICT (session_key) DO NOTHING
+     RETURNING 1
+"""
+"""Create sessions that came from another engine, each once in its life."""
+
+SPEND: Final[LiteralString] = """
+    INSERT INTO deferred_sessions_adopted (session_key, expires_at)
+    SELECT key, to_timestamp(%b::float8) FROM unnest(%b::text[]) AS key
+        ON CONFLICT (session_key) DO NOTHING
+"""
+"""Have sessions that are being deleted not come from another engine any more."""
+
+SPENT: Final[LiteralString] = """
+    SELECT session_key
+      FROM deferred_sessions_adopted
+     WHERE session_key = ANY(%b::text[])
+ UNION ALL
+    SELECT session_key
+      FROM deferred_sessions_session
+     WHERE session_key = ANY(%b::text[])
+"""
+"""Which of these sessions are here, or were once."""
+
+PRUNE_ADOPTED: Final[LiteralString] = """
+    DELETE FROM deferred_sessions_adopted
+     WHERE expires_at < to_timestamp(%b::float8)
+"""
+"""Forget which sessions were taken over, when the other engine cannot have them any more."""
+
+COUNT_WRITTEN: Final[LiteralString] = """
+    SELECT count(*)
+      FROM deferred_sessions_session
+     WHERE expire_date > to_timestamp(%b::float8) AND written_at >= to_timestamp(%b::float8)
+"""
+"""How many sessions are to be copied to another table."""
+
+WRITTEN: Final[LiteralString] = """
+    SELECT session_key, session_data, extract(epoch FROM expire_date)::float8
+      FROM deferred_sessions_session
+     WHERE session_key > %b
+       AND expire_date > to_timestamp(%b::float8) AND written_at >= to_timestamp(%b::float8)
+     ORDER BY session_key
+     LIMIT %b::int8
+"""
+"""The next of these, to be copied to another database."""
+
+EXPORT: Final[LiteralString] = """
+    WITH page AS MATERIALIZED (
+         SELECT session_key, session_data, expire_date
+           FROM deferred_sessions_session
+          WHERE session_key > %b
+            AND expire_date > to_timestamp(%b::float8) AND written_at >= to_timestamp(%b::float8)
+          ORDER BY session_key
+          LIMIT %b::int8),
+    written AS (
+         INSERT INTO django_session AS theirs (session_key, session_data, expire_date)
+         SELECT session_key, session_data, expire_date FROM page ORDER BY session_key
+             ON CONFLICT (session_key) DO UPDATE
+            SET session_data = excluded.session_data, expire_date = excluded.expire_date
+          WHERE (theirs.session_data, theirs.expire_date)
+                IS DISTINCT FROM (excluded.session_data, excluded.expire_date)
+         RETURNING session_key)
+    SELECT page.session_key, written.session_key IS NOT NULL
+      FROM page LEFT JOIN written ON written.session_key COLLATE "C" = page.session_key
+     ORDER BY page.session_key
+"""
+"""Copy the next of these to a table of Django's (its name is put in), and tell which differed."""
+
+GONE: Final[LiteralString] = """
+    SELECT DISTINCT session_key
+      FROM deferred_sessions_revocation AS revocation
+     WHERE session_key IS NOT NULL
+       AND NOT EXISTS (SELECT 1
+                         FROM deferred_sessions_session AS stored
+                        WHERE stored.session_key = revocation.session_key)
+"""
+"""What was deleted here, as far as is remembered."""
+
 UPDATE: Final[LiteralString] = """
     UPDATE deferred_sessions_session AS stored
        SET session_data = new.data, expire_date = to_timestamp(new.expires_at),
@@ -110,16 +205,23 @@ CLEAR_EXPIRED: Final[LiteralString] = """
     DELETE FROM deferred_sessions_session
      WHERE session_key IN (
            SELECT session_key
-             FROM deferred_sessions_session
+             FROM deferred_sessions_session AS stored
             WHERE expire_day <= (to_timestamp(%b::float8) AT TIME ZONE 'UTC')::date
               AND expire_date < to_timestamp(%b::float8)
+              AND (expire_date < to_timestamp(%b::float8)
+                   OR owner IS NULL
+                   OR starts_with(owner, %b)
+                   OR EXISTS (SELECT 1
+                                FROM deferred_sessions_node AS node
+                               WHERE node.node = stored.owner AND died_at IS NOT NULL))
               AND session_key <> ALL(%b::text[])
             LIMIT %b::int8
-              FOR UPDATE SKIP LOCKED)
+              FOR UPDATE OF stored SKIP LOCKED)
        AND (SELECT set_config('deferred_sessions.node', '-', true)) IS NOT NULL
 """
 """Delete a batch of expired sessions: the coarse day is indexed, the exact time is not.
-Nobody needs to hear of it."""
+What another node has a lease of, and may have extended in its memory, has until the second
+time. Nobody needs to hear of it."""
 
 REVOCATIONS: Final[LiteralString] = """
     SELECT id, xid::text::int8, session_key, node, extract(epoch FROM made_at)::float8,
@@ -210,6 +312,20 @@ BEAT: Final[LiteralString] = """
 
 DECLARE_DEAD: Final[LiteralString] = "SELECT deferred_sessions_declare_dead(%b, %b::int8)"
 """A node has not been heard of for too long; its leases are free, unless it beats just now."""
+
+NAMESAKES: Final[LiteralString] = """
+    SELECT DISTINCT split_part(earlier.node, '#', 1)
+      FROM deferred_sessions_node AS earlier
+      JOIN deferred_sessions_node AS later
+        ON split_part(later.node, '#', 1) = split_part(earlier.node, '#', 1)
+       AND later.node <> earlier.node
+       AND earlier.started_at <= later.started_at AND later.started_at < earlier.beat_at
+       AND later.beat > 0
+     WHERE least(earlier.beat_at, later.beat_at) > now() - interval '1 hour'
+     ORDER BY 1
+"""
+"""Names under which one incarnation was heard of after the next one had begun: a host that is
+started anew never is."""
 
 REFUSE: Final[LiteralString] = """
     INSERT INTO deferred_sessions_refused_write

@@ -158,3 +158,29 @@ def test_behind_a_pooler(
         node.answer()
     print(f"behind a pooler, {listen}: {[round(node.seconds, 2) for node in nodes]} s")
     assert nodes[1]("load", key) == {"n": 60, "0.0": 20, "1.0": 20, "2.0": 20}
+
+
+def test_w036_the_pooler_is_noticed(
+    make_host: Callable[..., Host], server: EmbeddedServer, pooler: str
+) -> None:
+    """By `check --deploy`, unless there is a way past it."""
+    migrate = ("manage.py", "migrate", "--verbosity=0")
+    for listen, url, is_told in (
+        (None, pooler, True),
+        ("direct", pooler, False),
+        (None, server.url, False),
+    ):
+        host = make_host("a", LISTEN=listen)
+        host.database = url
+        past = {"DATABASE_URL": server.url, "DIRECT_URL": server.url}
+        host.run(*migrate, env=past)
+        found = host.run("-c", CHECK, env={"DIRECT_URL": server.url}).split()
+        assert "deferred_sessions.W037" not in found
+        assert ("deferred_sessions.W036" in found) == is_told
+
+
+CHECK = """
+import django; django.setup()
+from deferred_sessions.checks import check_deployment
+print(*(message.id for message in check_deployment()))
+"""

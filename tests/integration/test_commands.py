@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from django.core.management import CommandError, call_command
+from django.core.management import CommandError, ManagementUtility, call_command
 from kombu import Exchange
 
 from deferred_sessions import tasks
@@ -150,6 +150,22 @@ def test_clearsessions_works() -> None:
     run("clearsessions")
 
     assert set(Session.objects.values_list("pk", flat=True)) == {session.session_key}
+
+
+def test_clearsessions_while_postgresql_is_away(
+    outage: Outage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Django's command says it in one line, as a shell or cron is to see it."""
+    outage.begin()
+
+    with pytest.raises(SystemExit, match="1"):
+        ManagementUtility(["manage.py", "clearsessions"]).execute()
+
+    errors = capsys.readouterr().err
+    assert errors.startswith(
+        "NotClearedError: Expired sessions could not be deleted now: PostgreSQL"
+    )
+    assert "Traceback" not in errors
 
 
 def test_help_says_what_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ OURS = {
     "deferred_sessions_node",
     "deferred_sessions_waiter",
     "deferred_sessions_refused_write",
+    "deferred_sessions_adopted",
 }
 
 SAVE = """

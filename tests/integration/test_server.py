@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 
 import psycopg
 import pytest
@@ -16,9 +17,10 @@ from deferred_sessions.exceptions import (
     RowRefusedError,
     ServerUnavailableError,
 )
-from deferred_sessions.models import Session
+from deferred_sessions.models import Node, Session
 from deferred_sessions.servers.rows import Columns, State
 from deferred_sessions.servers.server import SessionServer
+from tests.integration.conftest import second_connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -145,6 +147,44 @@ def test_clear_expired(server: SessionServer) -> None:
     assert server.clear_expired(NOW + 99) == 0
     assert server.clear_expired(NOW + 101) == 3
     assert Session.objects.get().pk == "longlived"
+
+
+@pytest.mark.parametrize(
+    ("owner", "state", "ago", "is_cleared"),
+    [
+        (None, "", 1, True),
+        ("node#1", "alive", 1, True),
+        ("node#0", "", 1, True),
+        ("other#1", "alive", 1, False),
+        ("other#1", "alive", 3599, False),
+        ("other#1", "alive", 3601, True),
+        ("other#1", "dead", 1, True),
+        ("other#1", "", 1, False),
+        ("other#1", "", 3601, True),
+    ],
+)
+def test_clear_expired_leaves_other_nodes_their_time(
+    server: SessionServer, owner: str | None, state: str, ago: float, is_cleared: bool
+) -> None:
+    """A node that may live may have extended it: another one gets it from there, not nothing."""
+    expired = datetime.fromtimestamp(NOW - ago, UTC)
+    Session.objects.create(pk="aaaaaaaa", session_data="x", expire_date=expired, owner=owner)
+    if owner and state:
+        Node.objects.create(node=owner, died_at=expired if state == "dead" else None)
+
+    assert server.clear_expired(NOW) == is_cleared
+    assert Session.objects.exists() != is_cleared
+
+
+def test_clear_expired_passes_over_what_somebody_holds(server: SessionServer) -> None:
+    """It does not wait, and finds it the next time."""
+    server.insert(columns(*KEYS), NOW)
+    with second_connection() as other, other.transaction():
+        other.execute(
+            "SELECT FROM deferred_sessions_session WHERE session_key = %s FOR UPDATE", [KEYS[0]]
+        )
+        assert server.clear_expired(NOW + 101) == 2
+    assert server.clear_expired(NOW + 101) == 1
 
 
 def test_clear_expired_in_batches(server: SessionServer, monkeypatch: pytest.MonkeyPatch) -> None:

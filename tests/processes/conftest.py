@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class Site:
 
     database: str | None = None
     """The URL of its database, unless it is the one of the tests."""
+    more: Mapping[str, str] = {}
+    """What else is in the environment of its processes."""
 
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.directory = directory
@@ -89,6 +91,7 @@ class Site:
             "DEFERRED_SESSIONS": json.dumps({"STORE_SIZE": 16 << 20, **self.settings}),
             "DJANGO_SETTINGS_MODULE": "testproject.settings",
             "PYTHONUNBUFFERED": "1",
+            **self.more,
         }
 
     def start(self, *command: str, kill: bool = False, **options: Any) -> subprocess.Popen[bytes]:

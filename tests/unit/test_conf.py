@@ -79,6 +79,7 @@ BAD: dict[str, list[Any]] = {
     "NODE": ["", "a b", "-a", "é", "x" * 41, 1, "a;b", "a#b", "a\n"],
     "NODE_COOKIE": ["", "a b", "a-b", "1a", "x" * 65, 1, "a\n"],
     "SERVERS": ["default", [], {}, [3], None, ["a", "a"], [""], {"a": 0}, {"a": "1"}, {1: 1.0}],
+    "IMPORT_ENGINE": ["", 1, "a b", "a.", ".a", "a\n"],
     "COPIES": [0, -1, 1.0, "2", None, True],
 }
 
@@ -252,3 +253,23 @@ def test_nothing_is_opened_by_a_check(settings: Any, directory: Path) -> None:
     check_settings()
 
     assert not directory.exists()
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "no.such.engine",
+        "deferred_sessions.backend",
+        "django.contrib.sessions.backends.signed_cookies",
+        "tests.unit.not_an_engine",
+    ],
+)
+def test_e031_no_engine_to_take_over(settings: Any, engine: str) -> None:
+    settings.DEFERRED_SESSIONS = {"IMPORT_ENGINE": engine}
+    assert [m.id for m in check_settings()] == ["deferred_sessions.E031"]
+
+
+@pytest.mark.parametrize("engine", ["db", "cache", "cached_db", "file"])
+def test_the_engines_that_can_be_taken_over(settings: Any, engine: str) -> None:
+    settings.DEFERRED_SESSIONS = {"IMPORT_ENGINE": f"django.contrib.sessions.backends.{engine}"}
+    assert check_settings() == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from django.core.management import call_command
 
-from deferred_sessions import conf, exceptions, schedule, topology
+from deferred_sessions import conf, deployment, exceptions, schedule, topology
 from deferred_sessions.conf import Settings
 from deferred_sessions.management.commands.flushsessions import Command
 from deferred_sessions.memory.counters import Counter
@@ -50,9 +50,8 @@ def test_every_setting_with_its_default() -> None:
 
 def test_every_check() -> None:
     documented = [code(row[0])[0] for row in rows(README, "Checks")]
-    used = sorted(
-        set(re.findall(r'"([EW]\d{3})"', inspect.getsource(conf) + inspect.getsource(topology)))
-    )
+    sources = "".join(map(inspect.getsource, (conf, topology, deployment)))
+    used = sorted(set(re.findall(r'"([EW]\d{3})"', sources)))
     assert documented == [f"deferred_sessions.{code}" for code in used]
 
 

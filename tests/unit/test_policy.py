@@ -217,3 +217,36 @@ def test_frozen_time_moves() -> None:
         before = time.time()
         clock.tick(5)
         assert time.time() == before + 5
+
+
+@given(
+    st.floats(1.0, 300.0),
+    st.floats(2.0, 100_000.0),
+    st.lists(st.tuples(st.floats(0.0, 1.9), st.booleans(), st.booleans()), max_size=200),
+)
+def test_a_touch_is_written_before_the_stored_expiry_bites(
+    interval: float, lifetime: float, steps: list[tuple[float, bool, bool]]
+) -> None:
+    """A row never expires before its session: nobody who cleans up may take it for dead.
+
+    Whatever the lifetime and the visits, if the poller comes at least every two intervals.
+    """
+    policy, now = Policy(interval), FORTNIGHT
+    record = stored(at=now, lifetime=lifetime)
+    for pause, is_long, is_used in steps:
+        now += pause * (interval if is_long else min(interval, lifetime / 4))
+        if record.expires_at <= now:
+            return
+        assert record.stored_expires_at > now
+        if record.is_dirty and record.due_at <= now:
+            record = written(record, now, policy)
+        if is_used:
+            record = lifecycle.touched(record, expires_at=now + lifetime, now=now, policy=policy)
+            if policy.cannot_wait(now, record.expires_at, record.stored_expires_at):
+                record = written(record, now, policy)
+
+
+def written(record: SessionRecord, now: float, policy: Policy) -> SessionRecord:
+    return lifecycle.written(
+        record, version=record.version, expires_at=record.expires_at, now=now, policy=policy
+    )
