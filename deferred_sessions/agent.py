@@ -5,8 +5,8 @@ Every process has a candidate; a file lock elects one, and when its process dies
 takes over within a second. Each duty is a plain `..._once(now)`. Invariant: no error of a
 duty ends the agent or keeps it from the next duty.
 
-What takes long, such as to flush, has a thread of its own: the heart must go on beating, and
-other nodes wait for what they have asked for.
+The heart has a thread of its own, because nothing must keep it from beating; and so has what
+takes long, such as to flush, because other nodes wait for what they have asked for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ SOON: Final = 0.003  # seconds until a session that is in use is looked at again
 ASK_AGAIN: Final = 0.25  # seconds until PostgreSQL is asked whether it is still waited for
 LISTEN_AGAIN: Final = 10.0  # seconds after the connection was lost, or refused
 LOG_INTERVAL: Final = 60.0  # seconds between messages about the same duty
-
 
 
 class Agent:
@@ -194,13 +193,14 @@ class Agent:
             target=self._serve_slowly, name="deferred_sessions_agent_slow", daemon=True
         )
         slow.start()
-        threading.Thread(
-            target=self._wait_for_beat, name="deferred_sessions_agent_pulse", daemon=True
-        ).start()
-        promptly = (self.beat_once, self.release_once, self.read_revocations_once)
+        for work in (self._beat_on, self._wait_for_beat):
+            threading.Thread(
+                target=work, name=f"deferred_sessions_agent{work.__name__}", daemon=True
+            ).start()
+        promptly = (self.release_once, self.read_revocations_once)
         owner, pause = self._server.owner, min(ROUND, self._flusher.journal.interval or ROUND)
         with Listener(self._listen, node=owner, retry_after=LISTEN_AGAIN) as listener:
-            next_round, every = 0.0, min(ROUND, self._heartbeat)
+            next_round, every = 0.0, ROUND
             try:
                 while not self._stop.is_set():
                     now = time.time()
@@ -230,6 +230,15 @@ class Agent:
                     ),
                 )
                 self._stop.wait(ROUND)
+        finally:
+            connections.close_all()
+
+    def _beat_on(self) -> None:
+        """Beat, whatever else the agent waits for."""
+        try:
+            while not self._stop.is_set():
+                self._do(self.beat_once, time.time())
+                self._stop.wait(self._heartbeat)
         finally:
             connections.close_all()
 

@@ -93,7 +93,7 @@ class Settings:
     """The cookie in which the middleware tells visitors that name; None = no cookie."""
     heartbeat_interval: float = 1.0
     """Seconds between heartbeats of this node."""
-    node_timeout: float = 10.0
+    node_timeout: float = 6.0
     """Seconds without one after which other nodes take over its sessions."""
     listen: str | None = None
     """An alias of the same database past a pooler, to LISTEN on; None = that of SERVERS."""

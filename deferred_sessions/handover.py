@@ -14,12 +14,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from deferred_sessions.exceptions import LockTimeoutError, RowRefusedError
+from deferred_sessions.exceptions import (
+    LockTimeoutError,
+    RowRefusedError,
+    ServerUnavailableError,
+)
 from deferred_sessions.memory.claims import Claim, Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.servers.leases import Leases
+from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.writer import RecordWriter
 
 HOLD: Final = 0.01  # seconds that a session stays at least: who has it shall get to use it
@@ -34,6 +39,7 @@ class Handover:
         self,
         *,
         store: HostStore,
+        server: SessionServer,
         leases: Leases,
         claims: Claims,
         writer: RecordWriter,
@@ -41,6 +47,7 @@ class Handover:
         pulse: Pulse,
     ) -> None:
         self._store = store
+        self._server = server
         self._leases = leases
         self._claims = claims
         self._writer = writer
@@ -61,7 +68,7 @@ class Handover:
             ServerUnavailableError: What is left is done the next time.
         """
         if ask:
-            self._pending = self._leases.requested()
+            self._pending = self._requested()
         self._let_go(self._pending, now, now - HOLD)
         self._note(frozenset(self._pending))
         return bool(self._pending)
@@ -102,8 +109,9 @@ class Handover:
                 gone = self._store.hand_over(flushed, entered_before)
             going.update((key, leases.pop(key)) for key in gone)
         if going:
-            self._counters.add(Counter.HANDED_OVER, self._leases.release(going))
-            self._store.handed_over(list(going))
+            released = self._leases.release(going)
+            self._counters.add(Counter.HANDED_OVER, sum(released.values()))
+            self._store.handed_over({key: going[key] for key in released})
 
     @contextmanager
     def _claimed(self, leases: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -132,9 +140,20 @@ class Handover:
         try:
             self._writer.write(dirty, now)
         except RowRefusedError:
+            unlocked = self._server.unlocked([one.key for one in dirty])
             for one in dirty if len(dirty) > 1 else ():
-                self._flushed({one.key: 0}, now)
+                if one.key in unlocked:
+                    self._flushed({one.key: 0}, now)
         return leases  # what is dirty still stays where it is
+
+    def _requested(self) -> dict[str, int]:
+        """Return what others wait for; while PostgreSQL is away nobody does."""
+        try:
+            return self._leases.requested()
+        except ServerUnavailableError:
+            self._pending = {}
+            self._note(frozenset())
+            raise
 
     def _note(self, wanted: frozenset[str]) -> None:
         """Leave word for the requests of this node."""

@@ -34,7 +34,7 @@ from deferred_sessions.writer import RecordWriter
 
 security_logger = logging.getLogger("django.security.SuspiciousSession")  # as Django does
 
-ATTEMPTS: Final = 3  # at reading a row while records are being removed from memory
+ATTEMPTS: Final = 4  # at reading a row while records are being removed from memory
 
 
 class Found(NamedTuple):
@@ -111,17 +111,27 @@ class Intake:
     def _take_once(self, key: str, now: float) -> tuple[Found | None, bool]:
         """Return what was found, and whether that will not change by trying again."""
         removals, known = self._store.removals(key), self._store.get(key)
+        if known is not None and known.flags & RECOVERED:
+            return self._judge(known, now)
         if known is not None and not self._is_doubtful(known):
             return Found(known, is_kept=True), True
-        try:
-            row = self._row(key)
-        except ServerUnavailableError:
-            if known is None or not known.flags & RECOVERED:
-                raise
-            return Found(known, is_kept=True), True
+        row = self._row(key)
         if known is not None and self._confirm(known, row, now):
             return Found(known, is_kept=False), False
         return self._put(row, removals, now)
+
+    def _judge(self, known: SessionRecord, now: float) -> tuple[Found | None, bool]:
+        """Have PostgreSQL judge what the journal had, under the fence it was saved under.
+
+        So it stands if nobody has taken over since, and is refused and kept if somebody has.
+        While PostgreSQL is away, it is all there is.
+        """
+        try:
+            with self._server.outside():
+                self._writer.write([Dirty.of(known)], now)
+        except ServerUnavailableError:
+            return Found(known, is_kept=True), True
+        return None, False
 
     def _put(self, row: Row | None, removals: bytes, now: float) -> tuple[Found | None, bool]:
         """Put the row into memory, if it belongs there."""
@@ -174,12 +184,13 @@ class Intake:
 
     def _confirm(self, known: SessionRecord, row: Row | None, now: float) -> bool:
         """Settle with its row what is doubtful; return whether memory has it for certain now."""
-        if row is None and known.stored_version and not known.flags & RECOVERED:
+        if row is None and known.stored_version:
             return False  # deleted; the flusher or the revocations will find out how
         version, fence = (0, known.fence) if row is None else (row.version, row.fence)
         confirm = partial(lifecycle.confirmed, row_version=version, fence=fence, now=now)
-        if confirm(known) is None and known.is_changed and not known.flags & RECOVERED:
-            self._writer.write([Dirty.of(known)], now)  # refused, stored, and forgotten
+        if confirm(known) is None and known.is_changed:
+            with self._server.outside():
+                self._writer.write([Dirty.of(known)], now)  # refused, stored, and forgotten
             return False
         after = self._store.update(
             known.key,

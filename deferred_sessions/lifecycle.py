@@ -266,18 +266,12 @@ def confirmed(
 ) -> SessionRecord | None:
     """Return `record` as one that this node has the lease of, given its row; None if it is void.
 
-    Void is what the journal had if the row is a later one; and what a node had that was
-    found dead, if another has had the lease since and has written under it.
+    Void is what a node had that was found dead, if another has had the lease since and has
+    written under it.
     """
-    if record.flags & RECOVERED:
-        is_valid = row_version <= record.version
-    else:
-        is_valid = fence <= record.fence or row_version == record.stored_version
-    if not is_valid:
+    if fence > record.fence and row_version != record.stored_version:
         return None
-    return record._replace(
-        flags=record.flags & ~RECOVERED, fence=max(fence, record.fence), entered_at=now
-    )
+    return record._replace(fence=max(fence, record.fence), entered_at=now)
 
 
 def unstored(record: SessionRecord, *, now: float) -> SessionRecord:

@@ -77,11 +77,10 @@ class Membership:
 
         If PostgreSQL is away, the node goes on with what it knows, as it does in any outage.
         """
-        moment = self._clock()
-        if not self._pulse.is_late(moment) or self._server.in_transaction():
+        if not self._pulse.is_late(self._clock()):
             return
-        self._pulse.beat(moment)  # one asks for all
-        self._beat("beat", now)
+        with self._server.outside():
+            self._beat("beat", now)
 
     def _beat(self, word: str, now: float) -> list[Beat]:
         """Beat; if somebody has found this node dead, take note of it and revive."""

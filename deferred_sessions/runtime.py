@@ -197,7 +197,13 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         clock=moment,
     )
     handover = Handover(
-        store=store, leases=leases, claims=claims, writer=writer, counters=counters, pulse=pulse
+        store=store,
+        server=server,
+        leases=leases,
+        claims=claims,
+        writer=writer,
+        counters=counters,
+        pulse=pulse,
     )
     claims.is_wanted = handover.is_wanted
     acquisition = Acquisition(
@@ -328,6 +334,8 @@ def _count_wait(counters: Counters, seconds: float, was_in_vain: bool) -> None:
     counters.add(Counter.LOCK_WAIT_MILLISECONDS, round(1000 * seconds))
     if was_in_vain:
         counters.add(Counter.LOCK_TIMEOUTS)
+
+
 def build_adoption(engine: str) -> Adoption:
     """Return what takes over the sessions of `engine`, whatever `IMPORT_ENGINE` says.
 

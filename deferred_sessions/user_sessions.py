@@ -10,13 +10,13 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
-from deferred_sessions.deferred_session import as_text
 from deferred_sessions.exceptions import ServerUnavailableError
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import NEVER
 from deferred_sessions.report import FlushReport
 from deferred_sessions.runtime import get_runtime
+from deferred_sessions.servers.rows import as_text
 
 logger = logging.getLogger(__name__)
 

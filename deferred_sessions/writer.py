@@ -138,7 +138,7 @@ class RecordWriter:
                 # of this node was faster, perhaps with a later version.
                 outcome.repeated.append((dirty, state.version, _stored_expiry(dirty, state)))
             elif self._is_anothers(dirty, state):
-                if dirty.head.flags & CHANGED and not self._is_same(dirty, state):
+                if self._is_lost(dirty, state):
                     outcome.fenced.append((dirty, state))
                 else:
                     outcome.moved.append(dirty)
@@ -181,6 +181,13 @@ class RecordWriter:
         if state.fence != dirty.head.fence:
             return state.fence > dirty.head.fence
         return bool(state.owner) and not state.owner.startswith(self._server.name())
+
+    def _is_lost(self, dirty: Dirty, state: State) -> bool:
+        """Tell whether memory alone has this change; it may have been written and handed over."""
+        head = self._store.head(dirty.key)
+        is_here = head is not None and head.version >= dirty.head.version
+        is_changed = is_here and head is not None and head.flags & CHANGED
+        return bool(dirty.head.flags & is_changed) and not self._is_same(dirty, state)
 
     def _is_same(self, dirty: Dirty, state: State) -> bool:
         """Tell whether the row holds the very session."""

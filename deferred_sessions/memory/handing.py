@@ -8,7 +8,7 @@ death of any process; nobody puts the session back meanwhile, nor what was read 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import takewhile
 from typing import Final
 from zlib import crc32
@@ -21,6 +21,7 @@ from deferred_sessions.record import DIRTY, decode, decode_head
 
 _MARK: Final = b"handing:"  # note: the fence of the lease that is being given up
 _COUNT: Final = b"handed:"  # note: sessions handed over, for one of 256 groups of keys
+_SET_BACK: Final = 60.0  # seconds; what entered memory later than that, by another clock
 _FENCE: Final = struct.Struct("<q")
 
 
@@ -51,11 +52,13 @@ def mark(txn: lmdb.Transaction, dbs: Databases, key: str, fence: int) -> None:
     count(txn, dbs, key)
 
 
-def unmark(txn: lmdb.Transaction, dbs: Databases, keys: Iterable[str]) -> None:
-    """Take the marks away: PostgreSQL has passed these leases on."""
-    for key in keys:
-        txn.delete(_MARK + key.encode(), db=dbs.notes)
-        count(txn, dbs, key)
+def unmark(txn: lmdb.Transaction, dbs: Databases, leases: Mapping[str, int]) -> None:
+    """Take these marks away: PostgreSQL has passed the leases on. Later ones stay."""
+    for key, fence in leases.items():
+        name = _MARK + key.encode()
+        if txn.get(name, b"", dbs.notes) == _FENCE.pack(fence):
+            txn.delete(name, db=dbs.notes)
+            count(txn, dbs, key)
 
 
 def is_marked(txn: lmdb.Transaction, dbs: Databases, key: str) -> bool:
@@ -90,7 +93,8 @@ def _may_go(data: bytes, entered_before: float) -> bool:
     if not data:
         return True  # it has been evicted
     head = decode_head(data)
-    return not head.flags & DIRTY and head.entered_at <= entered_before
+    is_new = entered_before < head.entered_at < entered_before + _SET_BACK
+    return not head.flags & DIRTY and not is_new
 
 
 def _group(key: str) -> bytes:

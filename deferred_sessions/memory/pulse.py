@@ -17,6 +17,7 @@ from deferred_sessions.memory.directory import make_private
 
 _clock_gettime, _BOOTTIME = time.clock_gettime, time.CLOCK_BOOTTIME
 
+_TICK: Final = 1.0  # seconds between two looks at the clock, at the most
 FILE: Final = "pulse"
 SIZE: Final = 4 * 8
 BEAT, SUSPECT, GRANTS, WANTED = range(4)
@@ -43,12 +44,15 @@ class Pulse:
         `patience` seconds. A node that never was has no others beside it.
         """
         words = self._words or self._open()
-        return entered_at <= words[SUSPECT] or 0.0 < words[BEAT] < at - self.patience
+        beat = words[BEAT]
+        if beat and not at - self.patience <= beat <= at + _TICK:  # later: before a reboot
+            return True
+        return entered_at <= words[SUSPECT]
 
     def is_late(self, at: float) -> bool:
         """Tell whether the node beats, but was not heard of for too long."""
-        words = self._words or self._open()
-        return 0.0 < words[BEAT] < at - self.patience
+        beat = (self._words or self._open())[BEAT]
+        return bool(beat) and not at - self.patience <= beat <= at + _TICK
 
     def is_suspect(self, entered_at: float) -> bool:
         """Tell whether the node was found dead since."""

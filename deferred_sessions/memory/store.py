@@ -223,9 +223,9 @@ class HostStore(Transactions):
         """
         return self._write(handing.hand_over, leases, entered_before)
 
-    def handed_over(self, keys: Sequence[str]) -> None:
-        """PostgreSQL has passed on the leases of these keys."""
-        self._write(handing.unmark, keys)
+    def handed_over(self, leases: Mapping[str, int]) -> None:
+        """PostgreSQL has passed on these leases (fences by key)."""
+        self._write(handing.unmark, leases)
 
     def handing_over(self) -> dict[str, int]:
         """Return the leases that are being given up, perhaps by a process that has died."""

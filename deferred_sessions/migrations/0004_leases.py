@@ -89,8 +89,9 @@ DROP_HAND_ON = "DROP FUNCTION deferred_sessions_pass_on(text, text)"
 
 # Says 'granted' with the row; 'queued' with the owner; 'full'; or 'again', because the lease
 # changed hands while this looked. Nothing at all if there is no such session. A lease that
-# this node has already costs a read. The share lock makes whoever releases the lease wait
-# until this waiter can be seen; it does not hold up the owner's flushes.
+# this node has already costs a read. The share lock makes whoever releases the lease look
+# again when this waiter can be seen; it does not hold up the owner's flushes. It comes before
+# the queue's row, as everywhere, or the two could wait for each other.
 ACQUIRE = """
     CREATE FUNCTION deferred_sessions_acquire(
         p_key text, p_node text, p_waits boolean, p_limit int
@@ -136,32 +137,35 @@ ACQUIRE = """
             RETURN NEXT;
             RETURN;
         END IF;
-        INSERT INTO deferred_sessions_waiter (session_key, node) VALUES (p_key, p_node)
-            ON CONFLICT (session_key, node)
-            DO UPDATE SET seen_at = clock_timestamp(), granted_at = NULL;
         known := row_data.owner;
         SELECT owner INTO row_data.owner FROM deferred_sessions_session
          WHERE session_key = p_key FOR KEY SHARE;
         IF row_data.owner IS DISTINCT FROM known THEN
             status := 'again';
-        ELSE
-            PERFORM deferred_sessions_tell(known, 'r');
-            status := 'queued';
+            RETURN NEXT;
+            RETURN;
         END IF;
+        DELETE FROM deferred_sessions_waiter
+         WHERE session_key = p_key AND node = p_node AND granted_at IS NOT NULL;
+        INSERT INTO deferred_sessions_waiter (session_key, node) VALUES (p_key, p_node)
+            ON CONFLICT (session_key, node) DO UPDATE SET seen_at = clock_timestamp();
+        PERFORM deferred_sessions_tell(known, 'r');
+        status := 'queued';
         RETURN NEXT;
     END $$
 """
 DROP_ACQUIRE = "DROP FUNCTION deferred_sessions_acquire(text, text, boolean, int)"
 
-# What was asked for goes to who asked first; the rest is free. Counts the leases that this
-# node had under these fences.
+# What was asked for goes to who asked first; the rest is free. Returns the leases that this
+# node has not (any more), and whether it gave them up now; what somebody else holds in this
+# moment is left for the next time.
 RELEASE = """
     CREATE FUNCTION deferred_sessions_release(p_node text, p_keys text[], p_fences bigint[])
-        RETURNS int LANGUAGE plpgsql
-        SET search_path FROM CURRENT SET lock_timeout = '1s' AS $$
+        RETURNS TABLE (key text, was_ours boolean) LANGUAGE plpgsql
+        SET search_path FROM CURRENT AS $$
     DECLARE
         lease record;
-        released int := 0;
+        released text[] := '{}';
     BEGIN
         FOR lease IN
             SELECT stored.session_key
@@ -170,12 +174,18 @@ RELEASE = """
                 ON stored.session_key = given.key AND stored.fence = given.fence
              WHERE stored.owner = p_node
              ORDER BY stored.session_key
-               FOR UPDATE OF stored
+               FOR UPDATE OF stored SKIP LOCKED
         LOOP
             PERFORM deferred_sessions_pass_on(lease.session_key, NULL);
-            released := released + 1;
+            released := released || lease.session_key::text;
         END LOOP;
-        RETURN released;
+        RETURN QUERY
+            SELECT given.key, given.key = ANY (released)
+              FROM unnest(p_keys, p_fences) AS given (key, fence)
+             WHERE NOT EXISTS (
+                   SELECT 1 FROM deferred_sessions_session AS stored
+                    WHERE stored.session_key = given.key AND stored.fence = given.fence
+                      AND stored.owner = p_node);
     END $$
 """
 DROP_RELEASE = "DROP FUNCTION deferred_sessions_release(text, text[], bigint[])"
@@ -221,7 +231,7 @@ DECLARE_DEAD = """
         DELETE FROM deferred_sessions_waiter WHERE node = p_node;
         PERFORM deferred_sessions_tell(node, 'g')
            FROM (SELECT DISTINCT node FROM deferred_sessions_waiter) AS waiting;
-        DELETE FROM deferred_sessions_node WHERE died_at < now() - interval '7 days';
+        DELETE FROM deferred_sessions_node WHERE died_at < now() - interval '30 days';
         RETURN true;
     END $$
 """

@@ -22,6 +22,6 @@ DROP_TABLE = "DROP TABLE deferred_sessions_adopted"
 class Migration(migrations.Migration):
     """Make the table of sessions that were taken over."""
 
-    dependencies = [("deferred_sessions", "0004_leases")]
+    dependencies = [("deferred_sessions", "0010_operating")]
 
     operations = [OnPostgreSQL(TABLE, DROP_TABLE)]

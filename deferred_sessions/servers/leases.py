@@ -60,22 +60,23 @@ class Leases:
     def requested(self) -> dict[str, int]:
         """Return the leases of this node, with their fences, that others wait for."""
         self._server.connect()
-        return dict(self._server.run(sql.REQUESTED, [self._server.owner()]))
+        return dict(self._server.run(sql.REQUESTED, [self._server.owner()] * 3))
 
-    def release(self, leases: Mapping[str, int]) -> int:
+    def release(self, leases: Mapping[str, int]) -> dict[str, bool]:
         """Give up these leases, as far as this node still has them under these fences.
 
         Who has waited longest for one gets it, and is told; what nobody waits for is free.
 
         Returns:
-            How many leases this node had.
+            The keys this node has no lease of any more, and whether it had one until now.
+            Not there is what somebody else holds the row of in this moment.
         """
-        released, keys = 0, sorted(leases)
+        released: dict[str, bool] = {}
+        keys = sorted(leases)
         for start in range(0, len(keys), PART):
             part = keys[start : start + PART]
             fences = [leases[key] for key in part]
-            rows = self._server.run(sql.RELEASE, [self._server.owner(), part, fences])
-            released += rows[0][0]
+            released |= self._server.run(sql.RELEASE, [self._server.owner(), part, fences])
         return released
 
     def held(self, after: str, limit: int) -> dict[str, int]:

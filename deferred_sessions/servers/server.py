@@ -11,7 +11,7 @@ before; callers ask `in_transaction` to know.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Final, LiteralString
 
 import psycopg
@@ -92,11 +92,18 @@ class SessionServer:
         """Use another connection in the block, outside of the application's transaction."""
         ours = connections[self.alias]
         connections[self.alias] = apart = ours.copy()
+        apart.settings_dict["OPTIONS"].pop("pool", None)  # which may be empty, waiting for us
         try:
             yield
         finally:
             connections[self.alias] = ours
             apart.close()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Be outside of the application's transaction in the block, if there is one."""
+        with self.apart() if self.in_transaction() else nullcontext():
+            yield
 
     def disconnect(self) -> None:
         """Close this thread's connection, on which a statement may be under way."""

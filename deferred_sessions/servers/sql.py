@@ -279,20 +279,23 @@ REQUESTED: Final[LiteralString] = """
        AND session_key = ANY (ARRAY(
            SELECT session_key
              FROM deferred_sessions_waiter AS waiter
-            WHERE waiter.node <> stored.owner
+            WHERE waiter.node <> %b
               AND waiter.granted_at IS NULL
               AND waiter.seen_at > clock_timestamp() - interval '3 s'))
        AND NOT EXISTS (
            SELECT 1
              FROM deferred_sessions_waiter AS granted
             WHERE granted.session_key = stored.session_key
-              AND granted.node = stored.owner
+              AND granted.node = %b
               AND granted.granted_at > clock_timestamp() - interval '2 s')
 """
 """The leases of this node that others wait for, but for those that were given to it a moment
-ago and which it has not fetched yet."""
+ago and which it has not fetched yet. The node is a parameter each time, or the keys could not
+be looked up in the index."""
 
-RELEASE: Final[LiteralString] = "SELECT deferred_sessions_release(%b, %b::text[], %b::int8[])"
+RELEASE: Final[LiteralString] = """
+    SELECT * FROM deferred_sessions_release(%b, %b::text[], %b::int8[])
+"""
 """Give leases to those who wait for them, or to nobody."""
 
 HELD: Final[LiteralString] = """

@@ -91,7 +91,6 @@ def test_w031_only_the_agent_flushes(runtime: Runtime) -> None:
     assert ids() == ["W031"]
     assert "the agent does it instead" in check_deployment()[0].msg
 
-    runtime.store.set_note("agent_flush", repr(now - 241).encode())
     runtime.flusher.flush_once(now)
     assert ids() == []
 

@@ -87,7 +87,7 @@ def test_c01_one_node_at_a_time() -> None:
     grant = second.acquire(KEY)
     assert (grant.answer, grant.row, grant.owner) == (Answer.QUEUED, None, "a#1")
     assert first.requested() == {KEY: 1}
-    assert first.release({KEY: 1}) == 1
+    assert first.release({KEY: 1}) == {KEY: True}
     assert granted_to() == ("b#1", 2)
     assert second.requested() == {}
     assert second.acquire(KEY, waits=True).answer is Answer.GRANTED
@@ -111,10 +111,10 @@ def test_an_old_fence_releases_nothing() -> None:
     """An agent that stopped in the middle comes back to it."""
     insert("a#1")
     Session.objects.update(fence=7)
-    assert named("a#1").release({KEY: 6}) == 0
-    assert named("b#1").release({KEY: 7}) == 0
+    assert named("a#1").release({KEY: 6}) == {KEY: False}
+    assert named("b#1").release({KEY: 7}) == {KEY: False}
     assert granted_to() == ("a#1", 7)
-    assert named("a#1").release({KEY: 7}) == 1
+    assert named("a#1").release({KEY: 7}) == {KEY: True}
     assert granted_to() == (None, 7)
 
 
@@ -243,7 +243,7 @@ class Random:
         fence = self.fences[n]
         if fence is not None:
             first = (waiters() or [None])[0]
-            if self.nodes[n].release({KEY: fence}):
+            if self.nodes[n].release({KEY: fence})[KEY]:
                 assert granted_to()[0] == first
             self.fences[n] = None
 
