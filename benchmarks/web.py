@@ -46,7 +46,7 @@ for turn, _ in enumerate(sys.stdin, 1):
         session.save()
     print("dirty", flush=True)
     batches = bare(keys)
-    if sys.stdin.readline() == "bare\n":
+    if sys.stdin.readline() == "bare\\n":
         with psycopg.Cursor(connection.connection) as cursor:
             for parameters in batches:
                 cursor.execute(sql.UPDATE, parameters)
@@ -88,7 +88,7 @@ def rates(servers: dict[str, Server], path: str, scale: Scale) -> Figures:
     """Return the seconds per request of each server, by round."""
 
     def ask(name: str) -> float:
-        return 1 / servers[name].ask(path, scale.of(4, 1)).rate
+        return 1 / servers[name].ask(path, scale.of(2, 1)).rate
 
     candidates: dict[str, Callable[[], float]] = {name: partial(ask, name) for name in servers}
     scale.progress(f"asking {len(servers)} servers for {path}")
