@@ -185,8 +185,9 @@ class _JsonSnapshot:
     def changed_to(
         self, session: Session, watched: Container[str] | None = None
     ) -> tuple[Snapshot, Iterable[str]]:
-        if self._values is None and self._first is not None:
-            return self._changed_at_first(self._first, session, watched)
+        first = self._first  # another thread may take the session apart meanwhile
+        if self._values is None and first is not None:
+            return self._changed_at_first(first, session, watched)
         try:
             values, known = self._values or self._take_apart(), self._fragments
         except _TooDeepError:

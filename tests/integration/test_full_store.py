@@ -139,7 +139,7 @@ def test_a_save_past_memory_in_a_transaction_that_rolls_back(
     assert SessionStore(session.session_key).load() == {"a": 1, "b": 2}
 
 
-@pytest.mark.parametrize(("size", "count"), [(2000, 1000), (5000, 250), (100, 250)])
+@pytest.mark.parametrize(("size", "count"), [(2000, 1000), (5000, 250), (300, 250)])
 def test_a_full_store_can_be_flushed(tune: Callable[..., Runtime], size: int, count: int) -> None:
     """There is room to mark what is written, whatever the sizes; in one run."""
     runtime = tune(STORE_SIZE=4 << 20, BATCH_SIZE=count)

@@ -324,7 +324,7 @@ def test_threads_that_fork_at_once(store: HostStore) -> None:
     done: list[int] = []
 
     def fork_often() -> None:
-        for _ in range(100):
+        for _ in range(40):
             child = os.fork()
             if child == 0:
                 os._exit(0)
