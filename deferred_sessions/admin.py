@@ -18,8 +18,7 @@ from django.contrib.admin.options import IS_POPUP_VAR, TO_FIELD_VAR
 from django.contrib.admin.utils import quote, unquote
 from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import PermissionDenied
-from django.db.models import QuerySet
-from django.db.models.functions import Length
+from django.db.models import Func, IntegerField, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.template.response import TemplateResponse
 from django.urls import path, reverse
@@ -48,6 +47,9 @@ LOOKUPS: Final = frozenset(
     {"user_id__exact", "created_at__gte", "created_at__lt", "state", "logged_in", "node"}
 )
 TEMPLATES: Final = "admin/deferred_sessions/session"
+STORED_SIZE: Final = Func(
+    "session_data", function="OCTET_LENGTH", output_field=IntegerField()
+)  # known without reading the data, unlike the number of characters
 
 
 @admin.register(Session)
@@ -103,7 +105,7 @@ class SessionAdmin(SessionColumns, admin.ModelAdmin):  # type: ignore[type-arg]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Session]:
         """Return the rows, without their data unless that is needed."""
-        sessions: Any = super().get_queryset(request).annotate(stored_size=Length("session_data"))
+        sessions: Any = super().get_queryset(request).annotate(stored_size=STORED_SIZE)
         found: QuerySet[Session] = sessions if _records_client() else sessions.defer("session_data")
         return found
 
