@@ -148,16 +148,18 @@ def test_saves_without_a_pause(as_node: AsNode) -> None:  # noqa: F811
     """A thread that never rests: what it was told is saved is what b gets."""
     a = as_node("a")
     session = change(created(n=0), n=1)
-    told, is_busy = [0], threading.Event()
+    told, is_busy, stop = [0], threading.Event(), threading.Event()
 
     def work() -> None:
         try:
-            while True:
+            while not stop.is_set():
                 change(session, n=told[0] + 1)
                 told[0] += 1
                 if told[0] > 50:
                     is_busy.set()
         except SessionBusy:  # b has it, and keeps it
+            pass
+        finally:
             connection.close()
 
     thread = threading.Thread(target=work)
@@ -166,6 +168,7 @@ def test_saves_without_a_pause(as_node: AsNode) -> None:  # noqa: F811
     named("b#1").acquire(session.session_key or "")
     while let_go(a):
         pass
+    stop.set()
     thread.join()
     assert granted_to(session.session_key or "") == ("b#1", 1)
     assert row(session.session_key) == {"n": told[0]}
