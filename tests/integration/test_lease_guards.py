@@ -16,7 +16,7 @@ from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
 from deferred_sessions.servers.rows import Answer, Columns
 from deferred_sessions.servers.server import SessionServer
-from tests.integration.conftest import created, row, second_connection
+from tests.integration.conftest import change, created, row, second_connection
 from tests.integration.test_full_store import fill
 from tests.integration.test_leases import (
     KEY,
@@ -63,26 +63,38 @@ def test_who_may_write(owner: str | None, fence: int, is_taken: bool, statement:
     assert after.session_data == ("new" if is_taken and statement == "update" else "x")
 
 
-@pytest.mark.parametrize("owner", [None, "b#1"], ids=["free", "another node's"])
-def test_a_save_past_memory_needs_the_lease(as_node: AsNode, owner: str | None) -> None:  # noqa: F811
-    """The store is full, and memory has forgotten the session."""
+@pytest.mark.parametrize(
+    ("owner", "is_known"),
+    [(None, False), ("b#1", False), ("b#1", True)],
+    ids=["free", "another node's", "another node's, in memory"],
+)
+def test_a_save_past_memory_needs_the_lease(
+    as_node: AsNode,  # noqa: F811
+    owner: str | None,
+    is_known: bool,
+) -> None:
+    """The store is full; memory has forgotten the session, or has it and may not have the lease."""
     a = as_node("a", STORE_SIZE=4 << 20)
     session = created(a="x")
     key = session.session_key or ""
+    if is_known:
+        change(session, b="PostgreSQL lacks it, so it is not evicted")
     again = SessionStore(key)
     again["a"] = "y" * 5000
-    a.store.update(key, lambda _: None)
-    Session.objects.update(owner=owner, fence=3)
+    fence = 0 if is_known else 3
+    if not is_known:
+        a.store.update(key, lambda _: None)
+    Session.objects.update(owner=owner, fence=fence + (owner is not None))
     fill(a)
     if owner is None:
         again.save()
-        assert granted_to(key) == (a.server.owner(), 4)
+        assert granted_to(key) == (a.server.owner(), fence + 1)
         assert row(key) == {"a": "y" * 5000}
     else:
         with pytest.raises(SessionBusy, match="Node b has held on to the session"):
             again.save()
         assert a.counters.totals()[Counter.LEASE_WAITS] == 1
-        assert granted_to(key) == (owner, 3)
+        assert granted_to(key) == (owner, fence + 1)
         assert row(key) == {"a": "x"}
 
 
