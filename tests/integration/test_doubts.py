@@ -176,9 +176,9 @@ def test_what_it_cannot_give_up_reserves_nothing(
     """Nobody looks again soon, so newcomers do not wait behind who wants it."""
     a = as_node("a", AGENT=False)
     wanted, used = created(n=1), created(n=3)
-    be_served(a, monkeypatch)
     with wanted.lock("n"):
         named("b#1").acquire(wanted.session_key or "")
+        be_served(a, monkeypatch)
         SessionStore(used.session_key).load()
         assert Node.objects.filter(node=a.server.owner()).exists()
         assert not a.handover.is_wanted(wanted.session_key or "")
