@@ -32,6 +32,7 @@ from testproject.embedded import url_of
 SHARED_MEMORY = Path("/dev/shm")
 BENCHMARKS = (
     "cycles",
+    "alone",
     "web",
     "writes",
     "flush",

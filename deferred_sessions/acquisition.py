@@ -7,6 +7,7 @@ node hears when a lease is granted and has everybody look again.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,9 +15,11 @@ from typing import Final
 
 from deferred_sessions.exceptions import (
     DeferredSessionsError,
+    LockTimeoutError,
     RowLockedError,
     SessionBusy,
 )
+from deferred_sessions.memory.claims import Claim, Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
@@ -35,6 +38,7 @@ class Acquisition:
         *,
         store: HostStore,
         leases: Leases,
+        waiting: Claims,
         pulse: Pulse,
         counters: Counters,
         timeout: float,
@@ -42,6 +46,7 @@ class Acquisition:
     ) -> None:
         self._store = store
         self._leases = leases
+        self._waiting = waiting
         self._pulse = pulse
         self._counters = counters
         self._timeout = timeout
@@ -55,6 +60,7 @@ class Acquisition:
             ServerUnavailableError: Nothing is known about the session.
         """
         deadline, waits = self._clock() + self._timeout, False
+        place: Claim | None = None
         try:
             while True:
                 self._let_go(key, deadline)
@@ -67,13 +73,44 @@ class Acquisition:
                     raise SessionBusy("Too many nodes wait for this session already.")
                 if grant.answer is Answer.QUEUED:
                     if not waits:
-                        self._counters.add(Counter.LEASE_WAITS)
+                        place = self._line_up(key, deadline)
                     waits = True
                     self._wait(grants, deadline, grant.owner)
         finally:
+            if place is not None:
+                self._waiting.release(place)
             if waits:
-                with suppress(DeferredSessionsError):  # else it is passed over before long
-                    self._leases.withdraw(key)
+                self._withdraw(key)
+
+    def stand_by(self, key: str) -> None:
+        """Return when this node has given up the session, or goes on with it.
+
+        Raises:
+            SessionBusy: That took longer than `LOCK_TIMEOUT`.
+        """
+        self._let_go(key, self._clock() + self._timeout)
+
+    def _line_up(self, key: str, deadline: float) -> Claim | None:
+        """Let the others of this node know that somebody waits; the kernel knows for how long."""
+        self._counters.add(Counter.LEASE_WAITS)
+        name = frozenset({secrets.token_hex(8)})
+        with suppress(LockTimeoutError):
+            return self._waiting.hold(key, name, object(), max(0.0, deadline - self._clock()))
+        return None
+
+    def _withdraw(self, key: str) -> None:
+        """Leave the queue, unless others of this node wait there: they have one place."""
+        try:
+            last = self._waiting.hold(key, frozenset(), object(), 0.0)
+        except LockTimeoutError:
+            return
+        try:
+            with suppress(DeferredSessionsError):  # else it is passed over before long
+                self._leases.withdraw(key)
+            self._pulse.granted()  # who has just come stands there no more, and must ask again
+        finally:
+            if last is not None:
+                self._waiting.release(last)
 
     def _ask(self, key: str, *, waits: bool, deadline: float) -> Grant:
         while True:

@@ -36,6 +36,7 @@ from deferred_sessions.servers.server import SessionServer
 
 logger = logging.getLogger(__name__)
 
+LOCK: Final = "agent.lock"  # held by the agent of the node
 ROUND: Final = 1.0  # seconds between rounds, and between attempts at being elected
 SOON: Final = 0.003  # seconds until a session that is in use is looked at again
 ASK_AGAIN: Final = 0.25  # seconds until PostgreSQL is asked whether it is still waited for
@@ -75,7 +76,7 @@ class Agent:
         self._beat_began: float | None = None
         self._is_asked = False
         self._asked_at = 0.0
-        self._lock = ProcessLock(store.directory / "agent.lock")
+        self._lock = ProcessLock(store.directory / LOCK)
         self._stop = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -197,6 +198,7 @@ class Agent:
             threading.Thread(
                 target=work, name=f"deferred_sessions_agent{work.__name__}", daemon=True
             ).start()
+        self._server.leave_pool()
         promptly = (self.release_once, self.read_revocations_once)
         owner, pause = self._server.owner, min(ROUND, self._flusher.journal.interval or ROUND)
         with Listener(self._listen, node=owner, retry_after=LISTEN_AGAIN) as listener:
@@ -218,6 +220,7 @@ class Agent:
 
     def _serve_slowly(self) -> None:
         """Do what may take long, in a thread of its own."""
+        self._server.leave_pool()
         try:
             while not self._stop.is_set():
                 self._round(
@@ -235,6 +238,7 @@ class Agent:
 
     def _beat_on(self) -> None:
         """Beat, whatever else the agent waits for."""
+        self._server.leave_pool()
         try:
             while not self._stop.is_set():
                 self._do(self.beat_once, time.time())

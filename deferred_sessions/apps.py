@@ -17,6 +17,7 @@ from django.core.signals import request_finished, request_started
 from django.utils.translation import gettext_lazy as _
 
 if TYPE_CHECKING:
+    from deferred_sessions.memory.pulse import Pulse
     from deferred_sessions.memory.store import HostStore
 
 SERVERS: Final = (WSGIHandler, ASGIHandler)
@@ -56,12 +57,22 @@ def _on_request_started(sender: type[object] | None, **_: Any) -> None:
     if (runtime := get_runtime_in_use()) is not None:
         runtime.request_end.begin()
         agent = runtime.agent
-        if agent.is_started or not runtime.settings.agent or sender not in SERVERS:
+        if agent.is_started or sender not in SERVERS or is_under_test():
             return
-        if not is_under_test():
+        if runtime.settings.agent:
             agent.start()
             if sender is ASGIHandler:
                 _note_asgi(runtime.store)
+        else:
+            _expect_beats(runtime.pulse)
+
+
+def _expect_beats(pulse: Pulse) -> None:
+    """Have requests ask in the place of an agent whether this node is taken to be alive."""
+    from deferred_sessions.exceptions import StoreError  # noqa: PLC0415
+
+    with suppress(StoreError, OSError):  # the request itself will say so
+        pulse.expect()
 
 
 def _note_asgi(store: HostStore) -> None:

@@ -5,12 +5,14 @@ leaves memory, then PostgreSQL passes its lease on; whatever dies in between, a 
 host store stays until the last step is done, and nobody on this host uses the session.
 
 Requests that had loaded it before go on: their save finds it gone, asks for it, and merges.
+So does the save of a session that was changed while it was being flushed: then it is shut for
+saves and flushed again, or those who change it all the time would keep it here for ever.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -56,10 +58,11 @@ class Handover:
         self._pending: dict[str, int] = {}
         self._noted: frozenset[str] | None = None
 
-    def release_once(self, now: float, *, ask: bool = True) -> bool:
+    def release_once(self, now: float, *, ask: bool = True, reserve: bool = True) -> bool:
         """Give up what others wait for, as far as no request holds it.
 
-        Without `ask`, only what they were known to wait for.
+        Without `ask`, only what they were known to wait for. With `reserve`, who comes new to
+        what is left waits behind them; not so if nobody looks again soon.
 
         Returns:
             Whether something is left, so that it is worth looking again soon.
@@ -70,7 +73,7 @@ class Handover:
         if ask:
             self._pending = self._requested()
         self._let_go(self._pending, now, now - HOLD)
-        self._note(frozenset(self._pending))
+        self._note(frozenset(self._pending if reserve else ()))
         return bool(self._pending)
 
     def release_all(self, now: float, report: Callable[[int], object]) -> int:
@@ -103,10 +106,12 @@ class Handover:
     def _let_go(self, leases: dict[str, int], now: float, entered_before: float) -> None:
         """Give up these leases; what is given up is removed from the dictionary."""
         going = self._store.handing_over()  # whoever began that may have died
+        self._store.reopen()
         if leases:
             with self._claimed(leases) as free:
                 flushed = self._flushed(free, now)
                 gone = self._store.hand_over(flushed, entered_before)
+                gone += self._insist(set(flushed).difference(gone), leases, now, entered_before)
             going.update((key, leases.pop(key)) for key in gone)
         if going:
             released = self._leases.release(going)
@@ -145,6 +150,20 @@ class Handover:
                 if one.key in unlocked:
                     self._flushed({one.key: 0}, now)
         return leases  # what is dirty still stays where it is
+
+    def _insist(
+        self, left: Iterable[str], leases: Mapping[str, int], now: float, entered_before: float
+    ) -> list[str]:
+        """Give up what requests have changed while it was written; their saves wait meanwhile."""
+        dirty = self._store.find_dirty(sorted(left))
+        changed = {one.key: leases[one.key] for one in dirty if one.head.written_at == now}
+        if not changed:
+            return []
+        self._store.shut(changed)
+        try:
+            return self._store.hand_over(self._flushed(changed, now), entered_before)
+        finally:
+            self._store.reopen()
 
     def _requested(self) -> dict[str, int]:
         """Return what others wait for; while PostgreSQL is away nobody does."""

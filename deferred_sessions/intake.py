@@ -8,7 +8,6 @@ of a later one that has left memory meanwhile.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -19,17 +18,16 @@ from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exceptions import (
     RecordCorruptError,
     RowLockedError,
-    RowRefusedError,
     ServerUnavailableError,
     StoreFullError,
 )
-from deferred_sessions.membership import Membership
 from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
-from deferred_sessions.record import RECOVERED, SessionRecord
+from deferred_sessions.record import RECOVERED, SHUT, SessionRecord
 from deferred_sessions.servers.rows import Row
 from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.stand_in import StandIn
 from deferred_sessions.writer import RecordWriter
 
 security_logger = logging.getLogger("django.security.SuspiciousSession")  # as Django does
@@ -57,7 +55,7 @@ class Intake:
         server: SessionServer,
         encoder: RowEncoder,
         acquisition: Acquisition,
-        membership: Membership,
+        stand_in: StandIn,
         pulse: Pulse,
         writer: RecordWriter,
         adoption: Adoption | None,
@@ -66,7 +64,7 @@ class Intake:
         self._server = server
         self._encoder = encoder
         self._acquisition = acquisition
-        self._membership = membership
+        self._stand_in = stand_in
         self._pulse = pulse
         self._writer = writer
         self._adoption = adoption
@@ -84,7 +82,7 @@ class Intake:
             ServerUnavailableError: Nothing is known about the session.
             SessionBusy: Another node does not let go of it.
         """
-        self._check_in(now)
+        self._stand_in.check_in(now)
         found = self._take(key, now)
         if found is None and self._adoption is not None and self._store.get(key) is None:
             found = self._adopt(key, self._adoption, now)
@@ -92,10 +90,10 @@ class Intake:
 
     def _adopt(self, key: str, adoption: Adoption, now: float) -> Found | None:
         """Take over the session from the engine of before, or what others took over."""
-        removals = self._store.removals(key)
+        removals, entered_at = self._store.removals(key), self._pulse.entry(now)
         row = adoption.take_over(key, now)
         if row is not None:
-            found, is_done = self._put(row, removals, now)
+            found, is_done = self._put(row, removals, entered_at, now)
             if is_done:
                 return found
         return self._take(key, now)
@@ -111,14 +109,18 @@ class Intake:
     def _take_once(self, key: str, now: float) -> tuple[Found | None, bool]:
         """Return what was found, and whether that will not change by trying again."""
         removals, known = self._store.removals(key), self._store.get(key)
+        entered_at = self._pulse.entry(now)
         if known is not None and known.flags & RECOVERED:
             return self._judge(known, now)
+        if known is not None and known.flags & SHUT:
+            self._acquisition.stand_by(key)
+            return Found(known, is_kept=False), False
         if known is not None and not self._is_doubtful(known):
             return Found(known, is_kept=True), True
         row = self._row(key)
-        if known is not None and self._confirm(known, row, now):
+        if known is not None and self._confirm(known, row, entered_at, now):
             return Found(known, is_kept=False), False
-        return self._put(row, removals, now)
+        return self._put(row, removals, entered_at, now)
 
     def _judge(self, known: SessionRecord, now: float) -> tuple[Found | None, bool]:
         """Have PostgreSQL judge what the journal had, under the fence it was saved under.
@@ -133,11 +135,13 @@ class Intake:
             return Found(known, is_kept=True), True
         return None, False
 
-    def _put(self, row: Row | None, removals: bytes, now: float) -> tuple[Found | None, bool]:
+    def _put(
+        self, row: Row | None, removals: bytes, entered_at: float, now: float
+    ) -> tuple[Found | None, bool]:
         """Put the row into memory, if it belongs there."""
         if row is None:
             return None, True
-        found = self.found(row, now)
+        found = self.found(row, entered_at)
         if not (found.is_readable and row.is_settled and row.expires_at > now):
             return found, True
         try:
@@ -174,20 +178,17 @@ class Intake:
             return row._replace(is_settled=False)
         return leased
 
-    def _check_in(self, now: float) -> None:
-        """Learn whether this node is still taken to be alive, if nobody has asked for long."""
-        with suppress(ServerUnavailableError, RowRefusedError):  # then as in any outage
-            self._membership.check_in(now)
-
     def _is_doubtful(self, record: SessionRecord) -> bool:
         return bool(record.flags & RECOVERED) or self._pulse.is_suspect(record.entered_at)
 
-    def _confirm(self, known: SessionRecord, row: Row | None, now: float) -> bool:
+    def _confirm(
+        self, known: SessionRecord, row: Row | None, entered_at: float, now: float
+    ) -> bool:
         """Settle with its row what is doubtful; return whether memory has it for certain now."""
         if row is None and known.stored_version:
             return False  # deleted; the flusher or the revocations will find out how
         version, fence = (0, known.fence) if row is None else (row.version, row.fence)
-        confirm = partial(lifecycle.confirmed, row_version=version, fence=fence, now=now)
+        confirm = partial(lifecycle.confirmed, row_version=version, fence=fence, now=entered_at)
         if confirm(known) is None and known.is_changed:
             with self._server.outside():
                 self._writer.write([Dirty.of(known)], now)  # refused, stored, and forgotten

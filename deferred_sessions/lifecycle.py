@@ -18,6 +18,7 @@ from deferred_sessions.policy import NEVER, Policy
 from deferred_sessions.record import (
     CHANGED,
     RECOVERED,
+    SHUT,
     TOMBSTONE,
     TOUCHED,
     Head,
@@ -184,7 +185,9 @@ def written(
         return record._replace(flags=record.flags | CHANGED, changed_at=now, due_at=now)
     changed = record.version > version
     after = record._replace(
-        flags=(CHANGED if changed else 0) | (TOUCHED if record.expires_at > expires_at else 0),
+        flags=(CHANGED if changed else 0)
+        | (TOUCHED if record.expires_at > expires_at else 0)
+        | (record.flags & SHUT),
         updates=record.version - version if changed else 0,
         requests=0,
         stored_version=max(version, record.stored_version),
@@ -255,7 +258,7 @@ def is_remembered(record: SessionRecord | Head, *, now: float) -> bool:
 
 def recovered(record: SessionRecord, *, now: float) -> SessionRecord:
     """Return `record` as the journal had it: nobody knows what PostgreSQL has; due before now."""
-    flags = record.flags | CHANGED | (0 if record.is_tombstone else RECOVERED)
+    flags = record.flags & ~SHUT | CHANGED | (0 if record.is_tombstone else RECOVERED)
     return forgotten(record, now=now)._replace(
         flags=flags, due_at=now - 1.0, used_at=now, entered_at=now
     )

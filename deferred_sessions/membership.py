@@ -1,6 +1,6 @@
 """This node among the others: its heartbeat, and whom it finds dead.
 
-Called by the agent each `HEARTBEAT_INTERVAL`, and by `intake` when nobody has for too long.
+Called by the agent each `HEARTBEAT_INTERVAL`, and by `stand_in` when nobody has for too long.
 Invariant: a node is found dead only by one whose own heartbeats worked all the time that it
 watched in vain; so an outage of PostgreSQL kills nobody, and no clock is compared with
 that of another host.
@@ -75,11 +75,10 @@ class Membership:
     def check_in(self, now: float) -> None:
         """Beat in the place of an agent that has not for long, before memory is trusted.
 
-        If PostgreSQL is away, the node goes on with what it knows, as it does in any outage.
+        Raises:
+            ServerUnavailableError, RowRefusedError: Nobody knows; as in any outage.
         """
-        if not self._pulse.is_late(self._clock()):
-            return
-        with self._server.outside():
+        if self._pulse.is_late(self._clock()):
             self._beat("beat", now)
 
     def _beat(self, word: str, now: float) -> list[Beat]:
@@ -87,6 +86,7 @@ class Membership:
         began = self._clock()
         traits = {trait: values[0] for trait, values in self._traits.items()}
         try:
+            self._pulse.watch_clock(now)
             beats = self._leases.beat(traits, word)
             me = next((beat for beat in beats if beat.node == self._server.owner()), None)
             if me is not None and me.is_dead:
@@ -95,8 +95,11 @@ class Membership:
                     "sessions: each is confirmed before it is used again.",
                     extra={"action": "node_revived"},
                 )
-                self._pulse.suspect(now)
+                self._pulse.suspect_all()  # others may take a lease until the very moment of that
                 beats = self._leases.beat(traits, "revive")
+                self._pulse.suspect(now)
+            elif self._pulse.suspects_all:  # whoever revived the node died before it could say so
+                self._pulse.suspect(now)
         finally:
             self._pulse.beat(began)
         return beats

@@ -7,7 +7,7 @@ Layout, little-endian, 100 bytes before the variable part (`FORMAT` 4):
 
     format    u8      of this layout, so that a later release can read older records
     user_len  u16     bytes of the user id
-    flags     u8      CHANGED, TOUCHED, TOMBSTONE
+    flags     u8      CHANGED, TOUCHED, TOMBSTONE, RECOVERED, SHUT
     updates   u32     \ since the last write
     requests  u32     / to PostgreSQL
     version, stored_version, fence                                    u64 each
@@ -38,7 +38,9 @@ CHANGED: Final = 1  # PostgreSQL does not have this payload (or this deletion)
 TOUCHED: Final = 2  # PostgreSQL has an older expiry
 TOMBSTONE: Final = 4  # a remembered deletion; the payload is empty
 RECOVERED: Final = 8  # from the journal; nobody has asked yet whether PostgreSQL has a later one
+SHUT: Final = 16  # on its way to another node: saves wait until it has left
 DIRTY: Final = CHANGED | TOUCHED
+CLOSED: Final = TOMBSTONE | SHUT  # what no save may change
 
 _HEADER: Final = struct.Struct("<BHBIIQQQdddddddd")
 _SIZE: Final = _HEADER.size
@@ -69,7 +71,7 @@ class SessionRecord(NamedTuple):
     user_id: str
     """`_auth_user_id` of the payload, or "" for a visitor who is not logged in."""
     flags: int
-    """CHANGED | TOUCHED | TOMBSTONE."""
+    """CHANGED | TOUCHED | TOMBSTONE | RECOVERED | SHUT."""
     updates: int
     """Saves that changed the payload since the last write to PostgreSQL."""
     requests: int
@@ -247,11 +249,11 @@ def encode_written(data: bytes, head: Head, now: float) -> bytes:
     flusher does it for each row.
     """
     (
-        _, user_length, _, _, _, version, _, fence,
+        _, user_length, flags, _, _, version, _, fence,
         created_at, expires_at, _, _, _, _, used_at, entered_at,
     ) = head  # fmt: skip
     fields = (
-        0, 0, 0, version, version, fence,
+        flags & SHUT, 0, 0, version, version, fence,
         created_at, expires_at, expires_at, now, 0.0, 0.0, used_at, entered_at,
     )  # fmt: skip
     written = _short_head(fields, user_length) or _HEADER.pack(FORMAT, user_length, *fields)
@@ -287,7 +289,7 @@ def encode_recovered(data: memoryview, now: float) -> bytes | None:
     The same as decoding, `lifecycle.recovered` and encoding, at a fifth of the cost: a
     recovery does it for each session.
     """
-    flags = data[_FLAGS_AT]
+    flags = data[_FLAGS_AT] & ~SHUT
     if flags & TOMBSTONE:
         flags |= CHANGED
     elif _TIME.unpack_from(data, _EXPIRES_AT)[0] > now:

@@ -20,6 +20,7 @@ from django.core.signals import setting_changed
 
 from deferred_sessions.acquisition import Acquisition
 from deferred_sessions.adoption import Adoption
+from deferred_sessions.agent import LOCK as AGENT_LOCK
 from deferred_sessions.agent import Agent
 from deferred_sessions.busy import Busy
 from deferred_sessions.bypass import Bypass
@@ -53,6 +54,7 @@ from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.directory import default_directory
 from deferred_sessions.memory.history import History
 from deferred_sessions.memory.journal import Journal
+from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.node_cookie import NodeCookie
@@ -64,10 +66,12 @@ from deferred_sessions.request_end import RequestEnd
 from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.leases import Leases
 from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.stand_in import StandIn
 from deferred_sessions.tiers import Tiers
 from deferred_sessions.write_through import WriteThrough
 from deferred_sessions.writer import RecordWriter
 
+QUEUE: Final = "queue.lock"  # who of this node waits for which session
 TEST_SIZE: Final = 16 << 20  # bytes; each test database has a store of its own
 DAY: Final = 86_400.0  # seconds; a deploy with both engines alive takes less
 READ_ONCE: Final = (
@@ -209,6 +213,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     acquisition = Acquisition(
         store=store,
         leases=leases,
+        waiting=Claims(directory, file=QUEUE),
         pulse=pulse,
         counters=counters,
         timeout=settings.lock_timeout,
@@ -222,7 +227,14 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         server=server,
         encoder=encoder,
         acquisition=acquisition,
-        membership=membership,
+        stand_in=StandIn(
+            server=server,
+            membership=membership,
+            handover=handover,
+            pulse=pulse,
+            lock=ProcessLock(directory / "stand_in.lock"),
+            agent=ProcessLock(directory / AGENT_LOCK),
+        ),
         pulse=pulse,
         writer=writer,
         adoption=adoption,

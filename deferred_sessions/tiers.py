@@ -30,7 +30,7 @@ from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import RECOVERED, TOMBSTONE, SessionRecord
+from deferred_sessions.record import CLOSED, RECOVERED, SHUT, TOMBSTONE, SessionRecord
 from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.write_through import WriteThrough
@@ -157,7 +157,7 @@ class Tiers:
         version, entered_at = (None, None) if base is None else base[:2]
 
         def transition(record: SessionRecord | None) -> SessionRecord | None:
-            if record is None or record.flags & TOMBSTONE:
+            if record is None or record.flags & CLOSED:
                 return record
             if (record.version != version or record.entered_at != entered_at) and has_moved_on(
                 record, base
@@ -171,8 +171,9 @@ class Tiers:
             return Saving(Rest.BYPASS, key, snapshot, user_id, expires_at, is_urgent, base)
         if before is None or after is None:
             return Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent, base)
-        if after is before and _is_in_the_way(after, base):
-            return Saving(Rest.MERGE, key, snapshot, user_id, expires_at, is_urgent, base, after)
+        if after is before and (obstacle := _obstacle(after, base)):
+            rest, known = obstacle
+            return Saving(rest, key, snapshot, user_id, expires_at, is_urgent, base, known)
         # Not Entry(...), which costs as much as the rest of this method.
         entry: Entry[Snapshot] = tuple.__new__(Entry, (after.version, after.entered_at, snapshot))
         if after.version == before.version:
@@ -280,7 +281,7 @@ class Tiers:
         """
         record = lifecycle.created(
             key, snapshot.payload, user_id, expires_at=expires_at, now=now, policy=self._policy
-        )
+        )._replace(entered_at=self._pulse.entry(now))
         if self._store.get(key) is not None:
             return None
         if self._write_on_create:
@@ -348,8 +349,12 @@ class Tiers:
             self._store.update(key, lambda known: known and lifecycle.used(known, now=now))
 
 
-def _is_in_the_way(record: SessionRecord, base: Entry[Snapshot] | None) -> bool:
-    """Tell whether `record` is why nothing was saved; raise if it was deleted."""
+def _obstacle(
+    record: SessionRecord, base: Entry[Snapshot] | None
+) -> tuple[Rest, SessionRecord | None] | None:
+    """Return what is left to do if `record` is why nothing was saved; raise if it was deleted."""
     if record.is_tombstone:
         raise SessionDeletedError(DELETED)
-    return has_moved_on(record, base)
+    if record.flags & SHUT:
+        return Rest.ASK, None
+    return (Rest.MERGE, record) if has_moved_on(record, base) else None

@@ -2,7 +2,7 @@
 
 Everything that differs between a test run, the demo and a benchmark comes from the
 environment: DATABASE_URL, BROKER_URL, CACHE_URL, SESSION_ENGINE, SESSION_DIRECTORY, and as
-JSON DEFERRED_SESSIONS and SESSION_DATABASES (URLs by alias).
+JSON DEFERRED_SESSIONS, SESSION_DATABASES (URLs by alias) and DATABASE_POOL (psycopg's options).
 """
 
 from __future__ import annotations
@@ -79,6 +79,12 @@ DATABASES = {
     },
 }
 DATABASE_ROUTERS = ["deferred_sessions.router.SessionRouter"]
+
+if "DATABASE_POOL" in os.environ:
+    DATABASES["default"] |= {
+        "CONN_MAX_AGE": 0,
+        "OPTIONS": {"pool": json.loads(os.environ["DATABASE_POOL"])},
+    }
 
 if "DIRECT_URL" in os.environ:  # past a pooler
     DATABASES["direct"] = dj_database_url.parse(os.environ["DIRECT_URL"])

@@ -86,13 +86,13 @@ class Claim:
 class Claims:
     """All claims of this process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, file: str = FILE) -> None:
         self.is_wanted: Callable[[str], bool] = lambda _: False
         """Tells whether another node waits for a session: who holds nothing of it yet waits
         until that node has got it."""
         self.on_waited: Callable[[float, bool], object] = lambda *_: None
         """Called after a wait with its seconds, and whether it was in vain."""
-        self._path = directory / FILE
+        self._path = directory / file
         self._mutex = threading.Lock()
         self._lines: dict[str, list[Claim]] = {}  # by session: held, then waiting, in order
         self._users: Counter[int] = Counter()  # claims of this process on each locked byte

@@ -3,12 +3,15 @@
 Called by `store`, inside its transactions. Invariant: from the moment a session has left
 memory until PostgreSQL has passed its lease on, a mark stands for it, which outlives the
 death of any process; nobody puts the session back meanwhile, nor what was read before.
+
+A session that requests keep changing is shut before it is written for the last time: their
+saves wait then. What is shut stands in a note, so that it is opened again if nobody lives to.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import Final
 from zlib import crc32
@@ -17,11 +20,12 @@ import lmdb
 
 from deferred_sessions.memory import indexes
 from deferred_sessions.memory.environment import Databases
-from deferred_sessions.record import DIRTY, decode, decode_head
+from deferred_sessions.record import DIRTY, SHUT, decode, decode_head, encode
 
 _MARK: Final = b"handing:"  # note: the fence of the lease that is being given up
+_SHUT: Final = b"shut"  # note: the keys of the sessions that are shut
 _COUNT: Final = b"handed:"  # note: sessions handed over, for one of 256 groups of keys
-_SET_BACK: Final = 60.0  # seconds; what entered memory later than that, by another clock
+_SET_BACK: Final = 1.0  # seconds; what entered memory later than that, by another clock
 _FENCE: Final = struct.Struct("<q")
 
 
@@ -62,8 +66,50 @@ def unmark(txn: lmdb.Transaction, dbs: Databases, leases: Mapping[str, int]) -> 
 
 
 def is_marked(txn: lmdb.Transaction, dbs: Databases, key: str) -> bool:
-    """Tell whether the lease of `key` is being given up."""
+    """Tell whether the lease of `key` is being given up, and its record has left memory."""
     return txn.get(_MARK + key.encode(), db=dbs.notes) is not None
+
+
+def is_leaving(txn: lmdb.Transaction, dbs: Databases, key: str) -> bool:
+    """Tell whether `key` is shut, or has left and its lease is being given up."""
+    data = txn.get(key.encode())
+    if data is not None and decode_head(data).flags & SHUT:
+        return True
+    return is_marked(txn, dbs, key)
+
+
+def shut(txn: lmdb.Transaction, dbs: Databases, keys: Iterable[str]) -> None:
+    """Have saves of these sessions wait until `reopen`, or until they have left."""
+    shut = [key for key in keys if _flag(txn, key, SHUT)]
+    txn.put(_SHUT, " ".join([*_shut(txn, dbs), *shut]).encode(), db=dbs.notes)
+
+
+def reopen(txn: lmdb.Transaction, dbs: Databases) -> None:
+    """Have saves go on, as far as what was shut has not left."""
+    for key in _shut(txn, dbs):
+        _flag(txn, key, 0)
+    txn.delete(_SHUT, db=dbs.notes)
+
+
+def is_any_shut(txn: lmdb.Transaction, dbs: Databases) -> bool:
+    """Tell whether there is anything to reopen."""
+    return txn.get(_SHUT, db=dbs.notes) is not None
+
+
+def _shut(txn: lmdb.Transaction, dbs: Databases) -> list[str]:
+    return bytes(txn.get(_SHUT, b"", dbs.notes)).decode().split()
+
+
+def _flag(txn: lmdb.Transaction, key: str, flag: int) -> bool:
+    """Shut a session, or open it; return whether it is there. Its indexes stay."""
+    name = key.encode()
+    data = txn.get(name)
+    if data is None:
+        return False
+    record = decode(key, data)
+    if not record.is_tombstone:
+        txn.put(name, encode(record._replace(flags=record.flags & ~SHUT | flag)))
+    return True
 
 
 def marked(txn: lmdb.Transaction, dbs: Databases) -> dict[str, int]:

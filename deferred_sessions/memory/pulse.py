@@ -1,12 +1,17 @@
-"""The pulse of a node: four words in mapped memory that all its processes watch.
+"""The pulse of a node: five words in mapped memory that all its processes watch.
 
 Set by `membership` and `handover`; read for each session that is loaded, so a look costs
 some nanoseconds and no lock. Invariant: a word that is lost makes somebody ask
 PostgreSQL once more, or later; nothing else.
+
+When a session entered memory is told by the clock of the host, which may be set back. So
+the pulse keeps how far that clock was ever ahead of the time since the host was started:
+the two together never go back.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import time
@@ -19,8 +24,10 @@ _clock_gettime, _BOOTTIME = time.clock_gettime, time.CLOCK_BOOTTIME
 
 _TICK: Final = 1.0  # seconds between two looks at the clock, at the most
 FILE: Final = "pulse"
-SIZE: Final = 4 * 8
-BEAT, SUSPECT, GRANTS, WANTED = range(4)
+SIZE: Final = 5 * 8
+BEAT, SUSPECT, GRANTS, WANTED, AHEAD = range(5)
+_NOT_YET: Final = math.ulp(0.0)  # the last heartbeat of a node that owes its first one
+_GRAIN: Final = 1e-6  # seconds; times of the clock are told apart
 
 
 def moment() -> float:
@@ -62,9 +69,44 @@ class Pulse:
         """Note that the node was heard of, or that PostgreSQL could not be told."""
         (self._words or self._open())[BEAT] = at
 
+    def expect(self) -> None:
+        """Have the node be late until it beats, if it never did."""
+        words = self._words or self._open()
+        words[BEAT] = words[BEAT] or _NOT_YET
+
+    def suspect_all(self) -> None:
+        """Doubt all that is in memory, and all that enters, until `suspect`."""
+        (self._words or self._open())[SUSPECT] = math.inf
+
+    @property
+    def suspects_all(self) -> bool:
+        """All is doubted: a process is about to revive the node, or died in doing so."""
+        return (self._words or self._open())[SUSPECT] == math.inf
+
     def suspect(self, now: float) -> None:
-        """Doubt all that entered memory until `now`."""
-        (self._words or self._open())[SUSPECT] = now
+        """Doubt all that has entered memory, and nothing that asks for its `entry` from now on."""
+        words = self._words or self._open()
+        words[SUSPECT] = max(now, words[AHEAD] + moment())
+
+    def watch_clock(self, now: float) -> None:
+        """Take note of how far ahead the clock is."""
+        words = self._words or self._open()
+        words[AHEAD] = max(words[AHEAD], now - moment())
+
+    def entry(self, now: float) -> float:
+        """Return when a session enters memory whose row is about to be read: `now`, as a rule.
+
+        Later than all that was suspected before, and not later than what will be suspected
+        after, whatever the clock has been set to meanwhile.
+        """
+        self.watch_clock(now)
+        words, at = self._words or self._open(), moment()
+        suspect = words[SUSPECT]
+        if now > suspect or suspect == math.inf:
+            return now
+        if words[AHEAD] + at <= suspect:  # suspected before a reboot
+            words[AHEAD] = suspect - at + _GRAIN
+        return words[AHEAD] + at
 
     @property
     def grants(self) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -232,8 +232,20 @@ class HostStore(Transactions):
         return self._read(handing.marked)
 
     def is_handing_over(self, key: str) -> bool:
-        """Tell whether the lease of `key` is being given up in this moment."""
-        return self._read(handing.is_marked, key)
+        """Tell whether the session of `key` is being given up in this moment."""
+        return self._read(handing.is_leaving, key)
+
+    def shut(self, keys: Iterable[str]) -> None:
+        """Have saves of these sessions wait until `reopen`, or until they have left.
+
+        Until then PostgreSQL can be brought level with them. Loads go on.
+        """
+        self._write(handing.shut, keys)
+
+    def reopen(self) -> None:
+        """Have saves go on, also those of sessions that were shut by a process that has died."""
+        if self._read(handing.is_any_shut):
+            self._write(handing.reopen)
 
     # Room
 

@@ -91,13 +91,21 @@ class SessionServer:
     def apart(self) -> Iterator[None]:
         """Use another connection in the block, outside of the application's transaction."""
         ours = connections[self.alias]
-        connections[self.alias] = apart = ours.copy()
-        apart.settings_dict["OPTIONS"].pop("pool", None)  # which may be empty, waiting for us
+        self.leave_pool()
+        apart = connections[self.alias]
         try:
             yield
         finally:
             connections[self.alias] = ours
             apart.close()
+
+    def leave_pool(self) -> None:
+        """Have this thread use a connection of its own from now on, past any pool of Django's.
+
+        A pool may be empty, because all of its connections wait for what this one is about to do.
+        """
+        connections[self.alias] = apart = connections[self.alias].copy()
+        apart.settings_dict["OPTIONS"].pop("pool", None)
 
     @contextmanager
     def outside(self) -> Iterator[None]:

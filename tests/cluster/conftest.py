@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.db import connection
 
 from tests.processes.conftest import Site
 
@@ -90,6 +91,8 @@ class Host(Site):
 @pytest.fixture
 def make_host(transactional_db: None, tmp_path: Path) -> Iterator[Callable[..., Host]]:
     """Make a node with this name."""
+    with connection.cursor() as cursor:  # no model, so nobody else empties it
+        cursor.execute("DELETE FROM deferred_sessions_waiter")
     hosts: list[Host] = []
 
     def make(name: str, **settings: Any) -> Host:

@@ -20,6 +20,8 @@ import django
 
 django.setup()
 
+from django.db import close_old_connections, connection, transaction  # noqa: E402
+
 from deferred_sessions.backend import SessionStore  # noqa: E402
 from deferred_sessions.memory.counters import Counter  # noqa: E402
 from deferred_sessions.runtime import get_runtime  # noqa: E402
@@ -71,6 +73,16 @@ def add(key: str, name: str, times: int = 1, how: str = "merge") -> None:
                 _add(session, name)
         else:
             _add(SessionStore(key), name).save()
+        close_old_connections()  # as at the end of a request
+
+
+def add_for(key: str, name: str, seconds: float) -> int:
+    """Do `add` without a pause for so long; return how often."""
+    times, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        add(key, name)
+        times += 1
+    return times
 
 
 def add_in_threads(key: str, names: list[str], times: int, how: str) -> None:
@@ -90,6 +102,18 @@ def touch_all(keys: list[str]) -> list[float]:
         assert SessionStore(key).load()
         durations.append(time.perf_counter() - began)
     return durations
+
+
+def load_in_transaction(key: str) -> dict[str, Any]:
+    """Load the session as a view does with ATOMIC_REQUESTS."""
+    with transaction.atomic():
+        connection.ensure_connection()
+        return load(key)
+
+
+def pool() -> dict[str, int]:
+    """Return the figures of Django's pool of connections."""
+    return dict(connection.pool.get_stats())  # type: ignore[attr-defined]
 
 
 def hold(key: str, name: str) -> None:
@@ -153,6 +177,8 @@ def _answer(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any
         result = function(*arguments)
     except Exception as error:  # noqa: BLE001 - the test will see it
         return {"error": f"{type(error).__name__}: {error}", "seconds": time.perf_counter() - began}
+    finally:
+        close_old_connections()  # as at the end of a request
     return {"result": result, "seconds": time.perf_counter() - began}
 
 
@@ -162,6 +188,8 @@ def _main() -> None:
         Listener._open = lambda self: None  # type: ignore[method-assign]
     if "--no-agent" not in sys.argv:
         get_runtime().agent.start()
+    else:
+        get_runtime().pulse.expect()
     print(json.dumps({"result": "ready", "seconds": 0.0}), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -117,28 +117,6 @@ def test_nobody_serves_before_the_node_has_asked(
     assert found["n"] == 2
 
 
-def test_nor_does_another_while_one_is_asking(
-    as_node: AsNode,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    as_node("a")
-    session = created(n=1)
-    taken_over(as_node, session, n=2)
-    a = get_runtime()
-    a.pulse.beat(moment() - 60)
-    found: list[Any] = []
-    real = a.leases.beat
-
-    def beat(*arguments: Any) -> Any:
-        monkeypatch.undo()
-        found.append(SessionStore(session.session_key).load()["n"])
-        return real(*arguments)
-
-    monkeypatch.setattr(a.leases, "beat", beat)
-    assert SessionStore(session.session_key).load()["n"] == 2
-    assert found == [2]
-
-
 def test_a_clock_that_was_set_back_holds_up_nothing(as_node: AsNode) -> None:  # noqa: F811
     a = as_node("a")
     session = created(n=1)

@@ -18,6 +18,7 @@ from deferred_sessions.record import (
     CHANGED,
     CHANGED_AT,
     FORMAT,
+    SHUT,
     TOMBSTONE,
     TOUCHED,
     SessionRecord,
@@ -42,7 +43,7 @@ anything = st.builds(
     key=st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=8, max_size=40),
     payload=st.binary(max_size=500),
     user_id=st.text(max_size=50),
-    flags=st.integers(min_value=0, max_value=7),
+    flags=st.integers(min_value=0, max_value=31),
     updates=counts,
     requests=counts,
     version=numbers,
@@ -61,7 +62,7 @@ anything = st.builds(
 
 clean = st.builds(
     lambda record: record._replace(
-        flags=record.flags & TOMBSTONE,
+        flags=record.flags & (TOMBSTONE | SHUT),
         updates=0,
         requests=0,
         stored_version=record.version,
@@ -103,7 +104,7 @@ def test_head_is_the_fixed_part(record: SessionRecord) -> None:
 @given(records)
 def test_written_bytes_are_those_of_the_written_record(record: SessionRecord) -> None:
     """The shortcut of the flusher does what `lifecycle.written` does."""
-    record = record._replace(flags=CHANGED)
+    record = record._replace(flags=CHANGED | record.flags & SHUT)
     expected = lifecycle.written(
         record._replace(stored_version=0),
         version=record.version,
