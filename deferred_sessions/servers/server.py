@@ -328,6 +328,25 @@ class SessionServer:
         """
         return self._execute(statement, parameters)[0]
 
+    def change(self, statement: LiteralString, parameters: list[Any]) -> int:
+        """Return how many rows `statement`, one of `sql`, has written.
+
+        Raises:
+            ServerUnavailableError, RowLockedError, RowRefusedError: It was in vain.
+        """
+        return self._execute(statement, parameters)[1]
+
+    def borrow(self) -> psycopg.Connection[Any]:
+        """Return the connection of this thread, for what no statement of `sql` can do.
+
+        Raises:
+            ServerUnavailableError: There is none.
+        """
+        connection = self._connection()
+        self._connect(connection, insist=True)
+        borrowed: psycopg.Connection[Any] = connection.connection
+        return borrowed
+
     def _execute(
         self, statement: LiteralString, parameters: list[Any]
     ) -> tuple[list[tuple[Any, ...]], int]:
