@@ -10,6 +10,7 @@ before; callers ask `in_transaction` to know.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Final, LiteralString
@@ -22,6 +23,7 @@ from psycopg.pq import TransactionStatus
 from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailableError
 from deferred_sessions.servers import sql
 from deferred_sessions.servers.breaker import Breaker
+from deferred_sessions.servers.deadline import bounded
 from deferred_sessions.servers.errors import translated
 from deferred_sessions.servers.rows import Columns, Revocation, Revocations, Row, State
 from deferred_sessions.servers.stream import StatementStream
@@ -34,11 +36,20 @@ CLEAR_BATCH: Final = 5000  # rows; locks are held for well under a second
 class SessionServer:
     """The sessions of one database alias."""
 
-    def __init__(self, alias: str, *, owner: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        alias: str,
+        *,
+        owner: Callable[[], str],
+        timeout: float | None = None,
+        breaker: Breaker | None = None,
+    ) -> None:
         self.alias = alias
         self.owner = owner
         """Returns the node that writes; stands in each row it wrote."""
-        self.breaker = Breaker()
+        self.timeout = timeout
+        """Seconds after which a statement without an answer has failed; None: it is waited for."""
+        self.breaker = breaker or Breaker()
         """Refuses to connect for a request just after connecting has failed."""
 
     def name(self) -> str:
@@ -156,20 +167,21 @@ class SessionServer:
 
     def insert(self, columns: Columns, now: float) -> int:
         """Create sessions; leaves keys alone that exist already."""
-        return self._write(sql.INSERT, [self.owner(), now, *columns])
+        return self.write(sql.INSERT, [self.owner(), now, *columns], len(columns.key))
 
     def update(self, columns: Columns, now: float) -> int:
         """Write changed sessions; leaves alone what was deleted, newer or fenced."""
-        return self._write(sql.UPDATE, self.update_parameters(columns, now))
+        return self.write(sql.UPDATE, self.update_parameters(columns, now), len(columns.key))
 
     def touch(self, columns: Columns, now: float) -> int:
         """Write new expiries; leaves alone what was deleted, changed or fenced."""
-        return self._write(
+        return self.write(
             sql.TOUCH,
             [
                 *(self.owner(), now, columns.key, columns.expires_at, columns.version),
                 *(columns.fence, self.name()),
             ],
+            len(columns.key),
         )
 
     def update_parameters(self, columns: Columns, now: float) -> list[Any]:
@@ -191,7 +203,7 @@ class SessionServer:
                 f"The connection {self.alias!r} is in a transaction that nobody commits. Leave "
                 "AUTOCOMMIT on for the database of the sessions; see SERVERS."
             )
-        return StatementStream(connection.connection, sql.UPDATE_ALONE)
+        return StatementStream(connection.connection, sql.UPDATE_ALONE, self.timeout)
 
     def delete(self, keys: Sequence[str]) -> int:
         """Delete sessions, whether they exist or not; return how many did."""
@@ -222,7 +234,11 @@ class SessionServer:
         connection = self._connection()
         outermost = not connection.in_atomic_block
         self._connect(connection, insist=True)
-        with translated(), transaction.atomic(using=self.alias):
+        with (
+            translated(),
+            bounded(connection, self.timeout),
+            transaction.atomic(using=self.alias),
+        ):
             if outermost:
                 self.run(sql.LOCK_TIMEOUT, [LOCK_TIMEOUT])
             yield
@@ -274,18 +290,22 @@ class SessionServer:
 
     # Statements
 
-    def _write(self, statement: LiteralString, parameters: list[Any]) -> int:
-        """Return how many rows `statement` wrote.
+    def write(self, statement: LiteralString, parameters: list[Any], sessions: int) -> int:
+        """Return how many rows `statement` wrote, which is about so many `sessions`.
 
         One session goes through Django's cursor, where query logs see it; many through
         psycopg's own, which sends arrays in binary.
+
+        Raises:
+            ServerUnavailableError, RowLockedError, RowRefusedError: It was in vain.
         """
-        if len(parameters[2]) == 1:  # the keys
+        if sessions == 1:
             return self._execute(statement, parameters)[1]
         connection = self._connection()
         self._connect(connection)
         with (
             translated(),
+            bounded(connection, self.timeout),
             connection.wrap_database_errors,
             psycopg.Cursor(connection.connection) as cursor,
         ):
@@ -357,9 +377,13 @@ class SessionServer:
         this package may be repeated.
         """
         connection, in_transaction = self._connection(), self.in_transaction()
+        began = time.monotonic()
         try:
             return self._execute_once(statement, parameters)
         except ServerUnavailableError:
+            if self.timeout is not None and time.monotonic() - began >= self.timeout:
+                self.breaker.failed()  # it hangs: that is no connection that was idle
+                raise
             if in_transaction or connection.is_usable():
                 raise
             connection.close()
@@ -370,6 +394,10 @@ class SessionServer:
     ) -> tuple[list[tuple[Any, ...]], int]:
         connection = connections[self.alias]
         self._connect(connection)
-        with translated(), connection.cursor() as cursor:
+        with (
+            translated(),
+            bounded(connection, self.timeout),
+            connection.cursor() as cursor,
+        ):
             cursor.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else [], cursor.rowcount

@@ -1,0 +1,121 @@
+"""The further homes of sessions: what makes them have what the authority has.
+
+Called by `writer` when the authority has committed, and by `write_through`. Invariant: what
+is sent here was accepted by the authority; a home that did not take it is told of, so that
+the record stays dirty until all homes have it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Final
+
+from deferred_sessions.exceptions import DeferredSessionsError
+from deferred_sessions.servers import fleet_sql
+from deferred_sessions.servers.fleet import Fleet
+from deferred_sessions.servers.rows import Columns
+from deferred_sessions.servers.server import SessionServer
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL: Final = 60.0  # seconds between messages about one server
+
+
+class Copies:
+    """Writes to the homes beside the authority; each server for itself."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._logged: dict[str, float] = {}
+
+    def write(self, columns: Columns, now: float) -> set[str]:
+        """Copy these sessions; return the keys that some home does not have yet."""
+        missed: set[str] = set()
+        for server, indexes in self._others(columns.key).items():
+            part = Columns(*([column[i] for i in indexes] for column in columns))  # type: ignore[arg-type]
+            missed |= self._try(server, part.key, lambda s, p=part: copy(s, p, s.owner(), now))
+        return missed
+
+    def delete(self, keys: Sequence[str]) -> set[str]:
+        """Delete at the further homes; return the keys that some of them may still have.
+
+        While some server may lack a session that exists, or a node not know yet where it
+        belongs, all homes remember the deletion, though they have no row.
+        """
+        missed: set[str] = set()
+        for server, indexes in self._others(keys).items():
+            part = [keys[i] for i in indexes]
+            missed |= self._try(server, part, lambda s, p=part: s.delete(p))
+        if not self._fleet.is_whole():
+            missed |= self._remember(keys)
+        return missed
+
+    def remove(self, keys: Sequence[str]) -> None:
+        """Remove copies of what somebody else deleted at the authority."""
+        for server, indexes in self._others(keys).items():
+            part = [keys[i] for i in indexes]
+            self._try(server, part, lambda s, p=part: remove(s, p))
+
+    def _remember(self, keys: Sequence[str]) -> set[str]:
+        missed: set[str] = set()
+        homes: dict[SessionServer, list[str]] = {}
+        for key in keys:
+            for server in self._fleet.homes(key):
+                homes.setdefault(server, []).append(key)
+        for server, part in homes.items():
+            missed |= self._try(
+                server,
+                part,
+                lambda s, p=part: s.run(fleet_sql.RECORD_DELETION, [s.owner(), p]),
+            )
+        return missed
+
+    def _others(self, keys: Sequence[str]) -> dict[SessionServer, list[int]]:
+        """Return the places in `keys` of those that each server is a further home of."""
+        others: dict[SessionServer, list[int]] = {}
+        if self._fleet.only is None:
+            for index, key in enumerate(keys):
+                for server in self._fleet.homes(key)[1:]:
+                    others.setdefault(server, []).append(index)
+        return others
+
+    def _try(
+        self, server: SessionServer, keys: Sequence[str], work: Callable[[SessionServer], object]
+    ) -> set[str]:
+        """Do `work` in a transaction of its own; return the keys that it failed for."""
+        block: AbstractContextManager[None] = server.attempt() if len(keys) == 1 else server.batch()
+        try:
+            with block:
+                work(server)
+        except DeferredSessionsError as error:
+            self._complain(server.alias, len(keys), error)
+            return set(keys)
+        return set()
+
+    def _complain(self, alias: str, count: int, error: DeferredSessionsError) -> None:
+        now = time.monotonic()
+        if now - self._logged.get(alias, -LOG_INTERVAL) < LOG_INTERVAL:
+            return
+        self._logged[alias] = now
+        logger.warning(
+            "%d sessions have a copy less than they should; they are sent to %r again: %s",
+            count,
+            alias,
+            error,
+            extra={"action": "copies_missed", "server": alias, "count": count},
+        )
+
+
+def copy(server: SessionServer, columns: Columns, owner: str, now: float) -> int:
+    """Make `server` have these sessions, unless it has something later; return how many."""
+    count = len(columns.key)
+    parameters = [*columns, [owner] * count, [now] * count]
+    return server.write(fleet_sql.COPY, parameters, count)
+
+
+def remove(server: SessionServer, keys: Sequence[str]) -> None:
+    """Remove rows that nobody needs to hear of."""
+    server.run(fleet_sql.REMOVE, [sorted(keys)])
