@@ -261,8 +261,13 @@ class Agent:
         self._repeat(self.move_once, self._heartbeat / HURRY)
 
     def _resync_on(self) -> None:
-        """Fill the session servers that were away."""
-        self._repeat(self.resync_once, self._heartbeat)
+        """Fill the session servers that were away; page after page, as long as there are any."""
+        try:
+            while not self._stop.is_set():
+                if not self._do(self.resync_once, time.time()):
+                    self._stop.wait(self._heartbeat)
+        finally:
+            connections.close_all()
 
     def _repeat(self, duty: Callable[[float], object], pause: float) -> None:
         try:
@@ -296,14 +301,16 @@ class Agent:
             if not self._stop.is_set():
                 self._do(duty, now)
 
-    def _do(self, duty: Callable[[float], object], now: float, name: str = "") -> None:
+    def _do(self, duty: Callable[[float], object], now: float, name: str = "") -> object:
+        """Return what `duty` does; None if it fails."""
         name = name or duty.__name__
         try:
-            duty(now)
+            return duty(now)
         except DeferredSessionsError as error:
             self._warn(name, now, "%s failed: %s", name, error)
         except Exception:  # noqa: BLE001 - a duty that fails must not end the agent
             self._warn(name, now, "%s failed.", name, exc_info=True)
+        return None
 
     def _warn(
         self,

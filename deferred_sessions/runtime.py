@@ -64,6 +64,7 @@ from deferred_sessions.request_end import RequestEnd
 from deferred_sessions.servers.copies import Copies
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.fleet_leases import FleetLeases
+from deferred_sessions.servers.resync import Resync
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.session_servers import build_session_servers
 from deferred_sessions.succession import Succession
@@ -108,6 +109,7 @@ class Runtime:
     leases: FleetLeases
     membership: FleetMembership
     succession: Succession
+    resync: Resync
     handover: Handover
     pulse: Pulse
     agent: Agent
@@ -253,11 +255,12 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         policy=policy,
         clock=moment,
     )
+    resync = Resync(fleet)
     agent = Agent(
         store=store,
         servers=servers,
         succession=succession,
-        resync=lambda _: None,
+        resync=resync.resync_once,
         flusher=flusher,
         handover=handover,
         pulse=pulse,
@@ -290,6 +293,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         leases=leases,
         membership=servers.membership,
         succession=succession,
+        resync=resync,
         handover=handover,
         pulse=pulse,
         agent=agent,

@@ -7,7 +7,7 @@ what an agent is at already, they only watch.
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import Final
 
 from django.core.management.base import BaseCommand, CommandError
 
@@ -87,10 +87,14 @@ def runtime_of_several() -> Runtime:
     """Return the runtime, if there is something to put in order at all.
 
     Raises:
-        CommandError: There is only one server.
+        CommandError: There is only one server, or no agent that knows how they stand.
     """
-    runtime: Any = get_runtime()
+    runtime = get_runtime()
     if runtime.fleet.only is not None:
         raise CommandError("DEFERRED_SESSIONS['SERVERS'] names one server: all is there.")
-    checked: Runtime = runtime
-    return checked
+    if not runtime.fleet.view().settled_on:
+        raise CommandError(
+            "The agent of this host is not at work. Run this on a host of the site, and as the "
+            "user, of the web processes."
+        )
+    return runtime

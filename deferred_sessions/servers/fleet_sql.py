@@ -25,8 +25,8 @@ WRITE_REGISTRY: Final[LiteralString] = """
        SET number = excluded.number, phase = excluded.phase, since = excluded.since
      WHERE known.number < excluded.number
         OR (known.number = excluded.number
-            AND array_position(ARRAY['out', 'leaving', 'filling', 'in'], known.phase)
-                > array_position(ARRAY['out', 'leaving', 'filling', 'in'], excluded.phase))
+            AND array_position(ARRAY['gone', 'out', 'leaving', 'filling', 'in'], known.phase)
+                > array_position(ARRAY['gone', 'out', 'leaving', 'filling', 'in'], excluded.phase))
 """
 """Tell a server how others stand. What it knows of later stays; of two changes with one number
 that which trusts less counts."""
@@ -50,6 +50,7 @@ COPY: Final[LiteralString] = """
       FROM unnest(%b::text[], %b::text[], %b::float8[], %b::int8[], %b::int8[],
                   %b::text[], %b::float8[], %b::text[], %b::float8[])
            AS new (key, data, expires_at, version, fence, user_id, created_at, owner, written_at)
+     WHERE (SELECT set_config('deferred_sessions.node', '-', true)) IS NOT NULL
      ORDER BY key
         ON CONFLICT (session_key) DO UPDATE
        SET session_data = excluded.session_data, expire_date = excluded.expire_date,
@@ -59,7 +60,8 @@ COPY: Final[LiteralString] = """
            < (excluded.fence, excluded.version, excluded.expire_date)
 """
 """Make a further server have what the authority has, unless it has something later. Columns
-are those of INSERT, then the owner and when it was written."""
+are those of INSERT, then the owner and when it was written. A row without an owner is not
+somebody else's change, see migration 0013."""
 
 POSITIONS: Final[LiteralString] = """
     SELECT session_key, version, fence, coalesce(owner, '')

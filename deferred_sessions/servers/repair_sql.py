@@ -133,10 +133,3 @@ PENDING: Final[LiteralString] = """
      WHERE server = %b AND position <> ''
 """
 """How far the repair of this server is, if it is not finished."""
-
-BEHIND: Final[LiteralString] = """
-    SELECT count(*)
-      FROM deferred_sessions_node
-     WHERE died_at IS NULL AND traits ->> 'view' IS DISTINCT FROM %b
-"""
-"""How many nodes that live go by another view of the servers."""

@@ -153,7 +153,7 @@ class Resync:
             return None
         position = Position.decoded(claimed[0][0])
         if position.view != view.digest:
-            if not self._has_settled(view):
+            if not view.is_agreed:
                 return None
             position = Position(view.digest)
         position = self._do_page(server, view, position, now)
@@ -216,12 +216,6 @@ class Resync:
             if server.alias != standing.server:
                 with suppress(ServerUnavailableError):  # it hears of it from the others
                     Registry(server).write([standing])
-
-    def _has_settled(self, view: View) -> bool:
-        """Tell whether all nodes that live go by this view."""
-        return not any(
-            self._server(server).run(sql.BEHIND, [view.digest])[0][0] for server in view.trusted
-        )
 
     def _mender(self, view: View) -> Mender:
         return Mender(self._shelves(view), view, self._fleet.ranked)

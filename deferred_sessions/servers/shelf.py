@@ -13,6 +13,7 @@ import psycopg
 from django.db import connections
 
 from deferred_sessions.servers import repair_sql as sql
+from deferred_sessions.servers.deadline import bounded
 from deferred_sessions.servers.errors import translated
 from deferred_sessions.servers.server import SessionServer
 
@@ -100,6 +101,7 @@ class Shelf:
             with (
                 translated(),
                 connections[target.alias].wrap_database_errors,
+                bounded(connections[self.alias], self.server.timeout),
                 psycopg.Cursor(ours) as source,
                 psycopg.Cursor(target.server.borrow()) as sink,
                 source.copy(sql.SEND, [sorted(keys)]) as outgoing,

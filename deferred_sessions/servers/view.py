@@ -22,7 +22,15 @@ LEAVING: Final = "leaving"
 """Not named in SERVERS any more; only read from."""
 OUT: Final = "out"
 """Does not answer; not used."""
-TRUST: Final = (OUT, LEAVING, FILLING, IN)  # of two standings with one number the former counts
+GONE: Final = "gone"
+"""Not named in SERVERS any more, and empty: nobody looks there."""
+TRUST: Final = (
+    GONE,
+    OUT,
+    LEAVING,
+    FILLING,
+    IN,
+)  # of two standings with one number the former counts
 EPOCH: Final = 0.0  # since when a server that was added may have missed something
 
 
@@ -117,7 +125,8 @@ class View:
     @cached_property
     def leaving(self) -> tuple[str, ...]:
         """The servers that SERVERS names no more, and that may still have sessions."""
-        return tuple(sorted(set(self.standings) - set(self.names)))
+        names = {s.server for s in self.standings.values() if s.phase != GONE}
+        return tuple(sorted(names - set(self.names)))
 
     @cached_property
     def is_whole(self) -> bool:
