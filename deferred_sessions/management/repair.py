@@ -40,7 +40,7 @@ class RepairCommand(BaseCommand):
             "belong"
         )
 
-    def check(self, runtime: Runtime) -> None:
+    def compare(self, runtime: Runtime) -> None:
         """Print what there would be to do."""
         found: dict[str, Tally] = {}
         resync, view = runtime.resync, runtime.fleet.view()

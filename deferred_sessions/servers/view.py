@@ -24,13 +24,8 @@ OUT: Final = "out"
 """Does not answer; not used."""
 GONE: Final = "gone"
 """Not named in SERVERS any more, and empty: nobody looks there."""
-TRUST: Final = (
-    GONE,
-    OUT,
-    LEAVING,
-    FILLING,
-    IN,
-)  # of two standings with one number the former counts
+TRUST: Final = (GONE, OUT, LEAVING, FILLING, IN)
+"""Of two standings with one number that counts which stands before the other here."""
 EPOCH: Final = 0.0  # since when a server that was added may have missed something
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -132,10 +133,15 @@ class Fleet:
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
-    """Three servers for all tests, with the tables of the sessions."""
-    directory = tmp_path_factory.mktemp("servers")
-    with running(directory, "abc") as servers:
+def servers() -> Iterator[dict[str, Server]]:
+    """Three servers for all tests, with the tables of the sessions.
+
+    Not in a directory of pytest's: another run that begins takes it away from other users.
+    """
+    with (
+        TemporaryDirectory(prefix="deferred-sessions-fleet-") as place,
+        running(directory := Path(place), "abc") as servers,
+    ):
         site = Site(directory / "none", SERVERS=list(servers))
         site.database = os.environ["DATABASE_URL"]
         site.more = Fleet(servers, directory).environment

@@ -93,9 +93,10 @@ def evict(keys: list[str]) -> None:
         driver.forget(key)
 
 
-def view() -> Any:
-    """Return what this node takes the session servers to be."""
-    return get_runtime().fleet.view()
+def phases() -> dict[str, str]:
+    """Return how this node takes the session servers to stand."""
+    view = get_runtime().fleet.view()
+    return {name: view.phase(name) for name in (*view.names, *view.leaving)}
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_a_server_is_taken_away(fleet: Fleet) -> None:
     host.kill()
     host.settings["SERVERS"] = ["a", "b"]
     process = host.process()
-    wait_until(lambda: fleet["a"].phases().get("c") == "leaving", what="the server to leave")
+    wait_until(lambda: process("phases").get("c") == "leaving", what="the server to leave")
     late = next(key for key in keys if before[key] == ["c"])
     assert process("load", late) == {"n": keys.index(late)}
 

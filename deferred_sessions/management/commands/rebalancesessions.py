@@ -28,7 +28,7 @@ class Command(RepairCommand):
         """Move, or look."""
         runtime = runtime_of_several()
         if options["check"]:
-            self.check(runtime)
+            self.compare(runtime)
         else:
             runtime.resync.begin()
             self.repair(runtime, leaving=True)

@@ -28,7 +28,7 @@ class Command(RepairCommand):
         """Repair, or look."""
         runtime = runtime_of_several()
         if options["check"]:
-            self.check(runtime)
+            self.compare(runtime)
         else:
             runtime.resync.begin()
             self.repair(runtime, leaving=False)
