@@ -125,12 +125,6 @@ class Settings:
         return self.server_timeout
 
     @property
-    def heart_deadline(self) -> float | None:
-        """The same for heartbeats, which must not take as long as nodes are waited for."""
-        deadline = self.server_deadline
-        return None if deadline is None else min(deadline, self.node_timeout / 3)
-
-    @property
     def server(self) -> str:
         """The database alias of the first session server."""
         return next(iter(self.servers))

@@ -55,7 +55,8 @@ def build_session_servers(
     traits: Mapping[str, Sequence[str]],
 ) -> SessionServers:
     """Wire the parts for these settings; does no I/O."""
-    timeout, hearts = settings.server_deadline, settings.heart_deadline
+    timeout = settings.server_deadline
+    heart_timeout = timeout and min(timeout, settings.node_timeout / 3)
     fleet = Fleet(
         settings.weights,
         copies=settings.copies,
@@ -65,7 +66,9 @@ def build_session_servers(
     )
 
     def membership(server: SessionServer) -> Membership:
-        heart = SessionServer(server.alias, owner=owner, timeout=hearts, breaker=server.breaker)
+        heart = SessionServer(
+            server.alias, owner=owner, timeout=heart_timeout, breaker=server.breaker
+        )
         return Membership(
             leases=Leases(heart),
             server=heart,

@@ -91,8 +91,7 @@ def fleet_problems(
         if name in databases and "connect_timeout" not in options:
             yield (
                 "W042",
-                f"DATABASES[{name!r}] has no connect_timeout, so whoever connects to a server that "
-                "is away may wait for minutes.",
+                f"DATABASES[{name!r}] has no connect_timeout: who connects waits for minutes.",
                 "Set its OPTIONS to {'connect_timeout': 2}.",
             )
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Final
 
 from deferred_sessions.exceptions import DeferredSessionsError
@@ -36,7 +37,7 @@ class Copies:
         missed: set[str] = set()
         for server, indexes in self._others(columns.key).items():
             part = Columns(*([column[i] for i in indexes] for column in columns))  # type: ignore[arg-type]
-            missed |= self._try(server, part.key, lambda s, p=part: copy(s, p, s.owner(), now))
+            missed |= self._try(server, part.key, partial(_copy, part, now))
         return missed
 
     def delete(self, keys: Sequence[str]) -> set[str]:
@@ -48,7 +49,7 @@ class Copies:
         missed: set[str] = set()
         for server, indexes in self._others(keys).items():
             part = [keys[i] for i in indexes]
-            missed |= self._try(server, part, lambda s, p=part: s.delete(p))
+            missed |= self._try(server, part, partial(_delete, part))
         if not self._fleet.is_whole():
             missed |= self._remember(keys)
         return missed
@@ -57,7 +58,7 @@ class Copies:
         """Remove copies of what somebody else deleted at the authority."""
         for server, indexes in self._others(keys).items():
             part = [keys[i] for i in indexes]
-            self._try(server, part, lambda s, p=part: remove(s, p))
+            self._try(server, part, partial(_remove, part))
 
     def _remember(self, keys: Sequence[str]) -> set[str]:
         missed: set[str] = set()
@@ -66,11 +67,7 @@ class Copies:
             for server in self._fleet.homes(key):
                 homes.setdefault(server, []).append(key)
         for server, part in homes.items():
-            missed |= self._try(
-                server,
-                part,
-                lambda s, p=part: s.run(fleet_sql.RECORD_DELETION, [s.owner(), p]),
-            )
+            missed |= self._try(server, part, partial(_remember, part))
         return missed
 
     def _others(self, keys: Sequence[str]) -> dict[SessionServer, list[int]]:
@@ -119,3 +116,19 @@ def copy(server: SessionServer, columns: Columns, owner: str, now: float) -> int
 def remove(server: SessionServer, keys: Sequence[str]) -> None:
     """Remove rows that nobody needs to hear of."""
     server.run(fleet_sql.REMOVE, [sorted(keys)])
+
+
+def _copy(columns: Columns, now: float, server: SessionServer) -> None:
+    copy(server, columns, server.owner(), now)
+
+
+def _delete(keys: Sequence[str], server: SessionServer) -> None:
+    server.delete(keys)
+
+
+def _remove(keys: Sequence[str], server: SessionServer) -> None:
+    remove(server, keys)
+
+
+def _remember(keys: Sequence[str], server: SessionServer) -> None:
+    server.run(fleet_sql.RECORD_DELETION, [server.owner(), list(keys)])

@@ -6,7 +6,9 @@ said if a server that is trusted, and that would be a home if all were, has said
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Final, NamedTuple
 
 from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailableError
 from deferred_sessions.servers import fleet_sql
@@ -15,6 +17,8 @@ from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.rows import Columns
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import IN
+
+AWAY: Final = "The session server that may have the latest of this session is away."
 
 
 class Copy(NamedTuple):
@@ -42,30 +46,39 @@ class Lookup:
         Raises:
             ServerUnavailableError: Who has it may be away; nothing is known about the session.
         """
-        authority = self._fleet.at(key)
-        here = find(authority, key)
-        others = [s for s in self._fleet.live() if s is not authority] + self._fleet.leaving()
-        latest, is_deleted, missed = here, self._is_deleted(authority, key), False
-        for server in others:
-            try:
-                found = find(server, key)
-                is_deleted = is_deleted or self._is_deleted(server, key)
-            except DeferredSessionsError:
-                missed = True
+        authority, view = self._fleet.at(key), self._fleet.view()
+        here = latest = find(authority, key)
+        is_deleted, heard = self._is_deleted(authority, key), {authority.alias}
+        for server in [*self._fleet.live(), *self._fleet.leaving()]:
+            if server is authority:
                 continue
-            if found is not None and (latest is None or found.position > latest.position):
-                latest = found
-        if latest is None:
-            self._check(key, missed=missed, is_deleted=is_deleted)
-        elif latest is not here and not is_deleted:
+            with suppress(DeferredSessionsError):
+                found, is_gone = find(server, key), self._is_deleted(server, key)
+                is_deleted = is_deleted or is_gone
+                heard.add(server.alias)
+                if found is not None and (latest is None or found.position > latest.position):
+                    latest = found
+        if is_deleted and here is None:
+            return
+        silent = {server for server in view.names if server not in heard}
+        self._check(key, None if latest is None else latest.written_at, silent)
+        if latest is not None and latest is not here and not is_deleted:
             copy(authority, latest.columns, latest.owner, latest.written_at)
 
-    def _check(self, key: str, *, missed: bool, is_deleted: bool) -> None:
-        """Raise if a server that is away may have the session."""
+    def _check(self, key: str, written_at: float | None, silent: Collection[str]) -> None:
+        """Raise if who said nothing may have something later of the session.
+
+        Only a server that would be a home if all were in may; not if another such server is
+        trusted and was asked, nor if what was found was written after that had gone away: what is
+        older may be left over from an earlier outage.
+        """
         view, full = self._fleet.view(), self._fleet.ranked(key)[: self._fleet.copies]
-        if is_deleted or (not missed and any(view.phase(alias) == IN for alias in full)):
+        missing = [alias for alias in full if alias in silent]
+        if not missing or any(view.phase(a) == IN for a in full if a not in missing):
             return
-        raise ServerUnavailableError("The session server that may have this session is away.")
+        since = [view.standings[alias].since for alias in missing if alias in view.standings]
+        if written_at is None or written_at < min(since, default=0.0):
+            raise ServerUnavailableError(AWAY)
 
     @staticmethod
     def _is_deleted(server: SessionServer, key: str) -> bool:
