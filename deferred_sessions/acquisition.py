@@ -86,7 +86,8 @@ class Acquisition:
     def _ask(self, key: str, *, waits: bool, deadline: float) -> Grant:
         while True:
             try:
-                return self._leases.acquire(key, waits=waits)
+                is_unknown = self._store.head(key) is None
+                return self._leases.acquire(key, waits=waits, is_unknown=is_unknown)
             except RowLockedError:
                 if self._clock() >= deadline:
                     raise

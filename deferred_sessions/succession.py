@@ -30,7 +30,7 @@ from deferred_sessions.servers.deciding import Seen, decide
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.registry import Registry
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.view import OUT, Standings, View, encode, merged
+from deferred_sessions.servers.view import IN, OUT, Standings, View, encode, merged
 from deferred_sessions.session_servers import VIEW
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,9 @@ class Succession:
         report = self._flusher.flush_once(now, by=AGENT)
         if report.skipped or report.failure:
             return False
+        for server in self._servers.live():
+            if view.phase(server.alias) == IN:  # or it might give fences of the view before
+                Registry(server).write(view.standings.values())
         self._store.set_note(VIEW, encode(view.settled_here()))
         self._settled_at = self._clock()
         return True

@@ -53,8 +53,8 @@ class RepairCommand(BaseCommand):
             raise CommandError(str(error)) from error
         self.stdout.write(LINE.format("server", "is", "sessions", "missing elsewhere", "strays"))
         for server in (*view.names, *resync.leaving()):
-            tally = [f"{number:,}" for number in found[server]] if server in found else ["?"] * 3
-            self.stdout.write(LINE.format(server, view.phase(server), *tally))
+            figures = [f"{number:,}" for number in found.get(server, ())] or ["?"] * 3
+            self.stdout.write(LINE.format(server, view.phase(server), *figures))
 
     def _repair(self, resync: Resync, *, leaving: bool) -> Tally:
         """Return what was done, here or by an agent meanwhile."""

@@ -8,6 +8,7 @@ have told it so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from deferred_sessions.exceptions import DeferredSessionsError
 from deferred_sessions.servers.fleet import Fleet
@@ -25,14 +26,15 @@ class FleetLeases:
         self._lookup = Lookup(fleet)
         self._leases = {server.alias: make(server) for server in fleet.servers}
 
-    def acquire(self, key: str, *, waits: bool = False) -> Grant:
+    def acquire(self, key: str, *, waits: bool = False, is_unknown: bool = False) -> Grant:
         """Ask for the lease of `key`: see `Leases.acquire`.
 
         While the servers change places, all are queued, by nobody: ask again soon.
         """
         if self._fleet.only is not None:
             return self._leases[self._fleet.only.alias].acquire(key, waits=waits)
-        return self._fleet.retried(key, lambda server: self._acquire(server, key, waits=waits))
+        ask = partial(self._acquire, key, waits=waits, is_unknown=is_unknown)
+        return self._fleet.retried(key, ask)
 
     def find(self, key: str) -> None:
         """Have the authority of `key` know of it: see `Lookup.bring`.
@@ -99,13 +101,13 @@ class FleetLeases:
         for server, part in self._fleet.by_authority(refusals, lambda refusal: refusal.key):
             self._leases[server.alias].refuse(part)
 
-    def _acquire(self, server: SessionServer, key: str, *, waits: bool) -> Grant:
+    def _acquire(self, key: str, server: SessionServer, *, waits: bool, is_unknown: bool) -> Grant:
         if self._fleet.is_moving(key):
             server.connect()  # who is away shall be noticed
             return Grant(Answer.QUEUED)
         if not self._fleet.is_whole():
             self._lookup.bring(key)
-        return self._leases[server.alias].acquire(key, waits=waits)
+        return self._leases[server.alias].acquire(key, waits=waits, is_unknown=is_unknown)
 
     def _of_each(
         self, ask: Callable[[Leases], dict[str, int]]

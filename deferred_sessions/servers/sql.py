@@ -263,7 +263,7 @@ ACQUIRE: Final[LiteralString] = """
            extract(epoch FROM (found).expire_date)::float8, (found).version, (found).fence,
            (found).user_id, extract(epoch FROM (found).created_at)::float8,
            extract(epoch FROM (found).written_at)::float8
-      FROM deferred_sessions_acquire(%b, %b, %b, %b) AS acquired (status, found)
+      FROM deferred_sessions_acquire(%b, %b, %b, %b, %b) AS acquired (status, found)
 """
 """Ask for the lease of a session: the row if this node has it now, else a place in the queue.
 Nothing if there is no such session."""

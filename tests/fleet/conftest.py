@@ -39,7 +39,14 @@ class FleetHost(Host):
         super().__init__(directory, name, **{**QUICK, **fleet.settings, **settings})
         self.database = os.environ["DATABASE_URL"]  # of the rest of the site
         self.more = fleet.environment
+        self.fleet = fleet
         self.diary = directory.parent / f"{name}.diary"
+
+    def process(self, *options: str, **environment: Any) -> Process:
+        """Start a process of this node; returns when the site knows how its servers stand."""
+        process = super().process(*options, **environment)
+        self.fleet.wait_until_known()
+        return process
 
     def visited(self, keys: Sequence[str], visitors: int = 1, pause: float = 0.01) -> Process:
         """Start a process in which visitors use these sessions, and none else writes down."""
@@ -77,6 +84,14 @@ class Fleet:
     def phases(self) -> list[dict[str, str]]:
         """Return how the servers are, as each that runs has it on record."""
         return [server.phases() for server in self.live()]
+
+    def wait_until_known(self) -> None:
+        """Wait until what runs of the servers knows of all of them: sessions before are old ones."""
+        names = set(self.settings["SERVERS"])
+        wait_until(
+            lambda: all(names <= record.keys() for record in self.phases()),
+            what="the register of servers",
+        )
 
     def wait_until_out(self, *aliases: str) -> None:
         """Wait until all servers that run know that these are not used."""
