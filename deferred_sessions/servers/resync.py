@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from deferred_sessions.exceptions import ServerUnavailableError
@@ -150,6 +151,7 @@ class Resync:
         number, me = view.standings[server].number, self._me()
         claimed = mine.run(sql.CLAIM, [me, server, number, me])
         if not claimed:
+            self._release_if_dead(mine)
             return None
         position = Position.decoded(claimed[0][0])
         if position.view != view.digest:
@@ -228,6 +230,13 @@ class Resync:
     def _server(self, name: str) -> SessionServer:
         servers = (*self._fleet.servers, *self._fleet.leaving())
         return next(server for server in servers if server.alias == name)
+
+    def _release_if_dead(self, server: SessionServer) -> None:
+        """Have nobody wait for a process of this node that repairs no more."""
+        for number, position, repairer in server.run(sql.PENDING, [server.alias]):
+            node, _, pid = repairer.rpartition("/")
+            if node == self._fleet.owner() and not Path(f"/proc/{pid}").exists():
+                server.change(sql.LEAVE, [position, server.alias, number, repairer])
 
     def _me(self) -> str:
         """Return who repairs: this process of this node."""

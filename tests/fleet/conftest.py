@@ -86,7 +86,7 @@ class Fleet:
         return [server.phases() for server in self.live()]
 
     def wait_until_known(self) -> None:
-        """Wait until what runs of the servers knows of all of them: sessions before are old ones."""
+        """Wait until all servers that run know of each other: who has sessions before is old."""
         names = set(self.settings["SERVERS"])
         wait_until(
             lambda: all(names <= record.keys() for record in self.phases()),

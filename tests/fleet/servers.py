@@ -33,7 +33,7 @@ class Server:
     def ask(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Return the rows of a query."""
         with psycopg.connect(self.url, autocommit=True) as connection:
-            cursor = connection.execute(query, parameters)
+            cursor = connection.execute(query, parameters or None)
             return cursor.fetchall() if cursor.description else []
 
     def clear(self) -> None:

@@ -15,6 +15,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from deferred_sessions.exceptions import ServerUnavailableError, SessionBusy
@@ -25,7 +26,10 @@ from tests.processes.conftest import wait_until
 SECONDS = float(os.environ.get("FLEET_FAULT_SECONDS", "15"))
 SEED = int(os.environ.get("FLEET_FAULT_SEED", "1"))
 SESSIONS, VISITORS = 12, 2
-FAULTS = ("server killed", "server hangs", "process killed", "node killed", "process stopped")
+FAULTS = (
+    *("server killed", "server killed", "server hangs"),
+    *("process killed", "node killed", "process stopped"),
+)
 EXCUSED = {ServerUnavailableError.__name__, SessionBusy.__name__}
 
 
@@ -58,17 +62,22 @@ class Mischief:
         self.done: Counter[str] = Counter()
         self.visited: dict[str, Process] = {name: self.visit(name) for name in hosts}
         self._mend: list[tuple[float, Callable[[], object]]] = []
+        self._returning: dict[str, Future[Process]] = {}
+        self._pool = ThreadPoolExecutor()
 
     def visit(self, name: str) -> Process:
-        return self.hosts[name].visited(self.keys, VISITORS, pause=0.02)
+        host = self.hosts[name]
+        if not host.processes:
+            host.process()  # one without visitors, so that the agent may be another
+        return host.visited(self.keys, VISITORS, pause=0.02)
 
     def make(self, fault: Fault) -> None:
         """Make this fault, unless too much would be broken then."""
         what, whom = fault.what, fault.whom
+        if not self.may_fall(whom) if what.startswith("server") else not self.is_there(whom):
+            self.done["left out"] += 1
+            return
         if what.startswith("server"):
-            if not self.may_fall(whom):
-                self.done["left out"] += 1
-                return
             server = self.fleet[whom]
             (server.kill if what == "server killed" else server.stop)()
             self._mend.append((time.monotonic() + fault.lasts, server.start))
@@ -81,12 +90,17 @@ class Mischief:
             host = self.hosts[whom]
             if what == "node killed":
                 host.kill()
-                host.process()  # one without visitors, so that the agent may be another
             else:
                 self.visited[whom].signal(signal.SIGKILL)
                 host.processes.remove(self.visited[whom])
-            self.visited[whom] = self.visit(whom)
+            self._returning[whom] = self._pool.submit(self.visit, whom)
         self.done[what] += 1
+
+    def is_there(self, name: str, *, wait: bool = False) -> bool:
+        """Tell whether a node has its visitors again; or wait until it has."""
+        if name in self._returning and (wait or self._returning[name].done()):
+            self.visited[name] = self._returning.pop(name).result()
+        return name not in self._returning
 
     def may_fall(self, alias: str) -> bool:
         """Tell whether a server that is up and trusted would be left."""
@@ -99,11 +113,13 @@ class Mischief:
         )
 
     def mend(self, *, everything: bool = False) -> None:
-        """Mend what has lasted long enough."""
+        """Mend what has lasted long enough; or everything, and wait for that."""
         due = [entry for entry in self._mend if everything or entry[0] <= time.monotonic()]
         self._mend = [entry for entry in self._mend if entry not in due]
         for _, mend in due:
             mend()
+        if everything:
+            assert all(self.is_there(name, wait=True) for name in self.hosts)
 
 
 def test_nothing_acknowledged_is_lost(fleet: Fleet) -> None:

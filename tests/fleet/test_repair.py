@@ -60,7 +60,7 @@ def test_a_table_is_emptied_while_another_server_is_away(fleet: Fleet) -> None:
 
 
 def test_the_one_who_repairs_is_killed(fleet: Fleet) -> None:
-    """Another node takes over where it was."""
+    """Another one takes over where it was: at once if it is of the same node."""
     hosts = [fleet.host(name, WRITE_ON_CREATE=False) for name in "nm"]
     nodes = [host.process(env=PAGES) for host in hosts]
     keys = [key for node in nodes for key in node("create_in_memory", 1500)]
