@@ -148,6 +148,15 @@ class Intake:
             return found, False
         return Found(kept, is_kept=True), True
 
+    def exists(self, key: str, now: float) -> bool:
+        """Tell whether PostgreSQL has a live session of this `key`.
+
+        Raises:
+            ServerUnavailableError: Nothing is known about the session.
+        """
+        self._acquisition.find(key)
+        return self._servers.retried(key, lambda server: server.exists(key, now))
+
     def leased(self, key: str) -> Row | None:
         """Return the row of `key`, whose lease this node has; None if there is none.
 

@@ -125,7 +125,7 @@ class Tiers:
         Raises:
             ServerUnavailableError: Nothing is known about the session.
         """
-        if self._servers.retried(key, lambda server: server.exists(key, now)):
+        if self._intake.exists(key, now):
             return True
         return self._adoption is not None and self.fetch(key, now) is not None
 

@@ -22,6 +22,7 @@ from deferred_sessions.servers.view import (
 )
 
 PATIENCE: Final = 2  # heartbeats that may fail before a server is given up
+MARGIN: Final = 1.0  # seconds by which nodes' clocks may differ; no outage is over as fast
 STEADY: Final = 3  # heartbeats that a server must have answered before it is filled
 
 
@@ -85,6 +86,6 @@ def _next(
         standings[other].phase == IN and not seen[other].is_lost for other in others
     )
     if seen[name].is_lost and can_go and any(seen[other].answers for other in others):
-        since = now if it.phase == IN else it.since
+        since = now - MARGIN if it.phase == IN else it.since
         return it._replace(number=it.number + 1, phase=OUT, since=since)
     return it

@@ -75,7 +75,6 @@ class Servers:
 
     def __init__(self, change: Callable[..., Runtime]) -> None:
         self._change = change
-        self._host = connection.settings_dict["HOST"]
         self.runtime = get_runtime()
 
     def tune(self, **changes: Any) -> Runtime:
@@ -86,13 +85,13 @@ class Servers:
         """Make servers unreachable."""
         for alias in aliases:
             connections[alias].close()
-            connections[alias].settings_dict["HOST"] = "/nonexistent"
+            connections[alias].settings_dict["OPTIONS"]["port"] = "1"
 
     def start(self, *aliases: str) -> None:
         """They are back, and it is later than the next attempt to connect."""
         for alias in aliases:
             connections[alias].close()
-            connections[alias].settings_dict["HOST"] = self._host
+            connections[alias].settings_dict["OPTIONS"].pop("port", None)
         for server in get_runtime().fleet.servers:
             if server.alias in aliases:
                 server.breaker.clock = lambda: time.monotonic() + 60

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deferred_sessions.servers.deciding import STEADY, Seen, decide
+from deferred_sessions.servers.deciding import MARGIN, STEADY, Seen, decide
 from deferred_sessions.servers.view import (
     EPOCH,
     FILLING,
@@ -62,11 +62,11 @@ def test_transitions(known: str, found: dict[str, Seen], expected: str) -> None:
 
 def test_since_when_it_may_lack_something() -> None:
     gone = decide(standings(a=IN, b=IN, c=IN), NAMES, seen(a=REFUSED), NOW)
-    assert gone["a"].since == NOW
+    assert gone["a"].since == NOW - MARGIN
     back = decide(gone, NAMES, seen(a=WELL._replace(answers=STEADY)), NOW + 60)
-    assert back["a"] == Standing("a", 7, FILLING, NOW)
+    assert back["a"] == Standing("a", 7, FILLING, NOW - MARGIN)
     again = decide(back, NAMES, seen(a=REFUSED), NOW + 70)
-    assert again["a"] == Standing("a", 8, OUT, NOW)
+    assert again["a"] == Standing("a", 8, OUT, NOW - MARGIN)
 
 
 def test_what_other_nodes_decided() -> None:

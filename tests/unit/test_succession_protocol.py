@@ -53,6 +53,7 @@ def authority(view: int) -> int:
 
 class Model:
     changes = 2
+    fences = 3
     has_barrier = True
     has_copies = True
     is_wary = True  # of what was left over from an earlier outage
@@ -149,6 +150,8 @@ class Model:
                 return None  # it may be left over from an earlier outage
         if row is None or row.owner not in {-1, i}:
             return None
+        if row.owner == -1 and row.fence >= self.fences:
+            return None  # far enough
         if row.owner == -1:
             row = row._replace(owner=i, fence=row.fence + 1)
         fault = "" if row.value == state.acknowledged else "less than was acknowledged"
