@@ -94,6 +94,10 @@ for line in sys.stdin:
 runtime.agent.stop()
 os._exit(0)
 """
+REGISTER: Final = """
+    INSERT INTO deferred_sessions_server (server, number, phase, since)
+    SELECT server, 1, 'in', now() FROM unnest(%s::text[]) AS server
+"""
 FILL: Final = """
     INSERT INTO deferred_sessions_session
            (session_key, session_data, expire_date, version, fence, owner, created_at, written_at)
@@ -153,12 +157,14 @@ class Sites:
             command = [sys.executable, "manage.py", "migrate", "--verbosity=0", "--database", alias]
             subprocess.run(command, env=environment, check=True)
 
-    def empty(self) -> None:
-        """Remove all sessions, nodes and what is known of the servers."""
+    def empty(self, *, trusted: bool = True) -> None:
+        """Remove all sessions, nodes and what is known of the servers, but that they are in."""
         for alias in ALIASES:
             with psycopg.connect(self.url(alias), autocommit=True) as connection:
                 for table in ("session", "node", "server", "waiter", "revocation"):
                     connection.execute(f"TRUNCATE deferred_sessions_{table}".encode())
+                if trusted:
+                    connection.execute(REGISTER.encode(), [list(ALIASES)])
 
     def fill(self, alias: str, keys: list[str]) -> None:
         """Put rows of these keys into a server."""
@@ -205,7 +211,7 @@ def flushes(stack: ExitStack, sites: Sites, scale: Scale) -> Iterator[Table | Go
     nodes: dict[str, Node] = {}
     for kind, (aliases, copies) in kinds.items():
         environment = sites.environment(aliases, COPIES=copies)
-        nodes[kind] = stack.enter_context(Node(environment, "--agent"))
+        nodes[kind] = stack.enter_context(Node(environment))  # no agent: nobody tidies up
         nodes[kind]("create", DIRTY)
     cores: Figures = {kind: [] for kind in kinds}
     turn = iter(range(1, 1000))
@@ -298,7 +304,7 @@ def repair(sites: Sites, scale: Scale) -> Iterator[Table | Goal]:
     """Yield how fast a server is filled that was added."""
     count = scale.of(300_000, 60_000)
     scale.progress(f"filling a server with its share of {count:,} sessions")
-    sites.empty()
+    sites.empty(trusted=False)
     keys = [secrets.token_hex(16) for _ in range(count)]
     from deferred_sessions.servers.placement import Placement  # noqa: PLC0415
 

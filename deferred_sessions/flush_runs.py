@@ -70,12 +70,12 @@ class FlushRuns:
                 for server, part in self._servers.by_authority(batch, _key):
                     if server.alias not in workers:
                         workers[server.alias] = _Worker(self._make(server))
-                    workers[server.alias].put(part)
+                    workers[server.alias].collect(part, len(batch))
                 if all(worker.run.report.failure for worker in workers.values()):
                     break
         finally:
             for worker in workers.values():
-                worker.put(None)
+                worker.end()
             for worker in workers.values():
                 worker.join()
         for worker in workers.values():
@@ -90,15 +90,25 @@ class _Worker:
     def __init__(self, run: FlushRun) -> None:
         self.run = run
         self.error: BaseException | None = None
+        self._collected: list[Dirty] = []
         self._parts: Queue[Sequence[Dirty] | None] = Queue(WAITING)
         self._thread = threading.Thread(
             target=self._work, name="deferred_sessions_flush", daemon=True
         )
         self._thread.start()
 
-    def put(self, part: Sequence[Dirty] | None) -> None:
-        """Have `part` written; None says that this was all."""
-        self._parts.put(part)
+    def collect(self, part: Sequence[Dirty], size: int) -> None:
+        """Have `part` written, with others in a batch of about this size."""
+        self._collected += part
+        if len(self._collected) >= size:
+            self._parts.put(self._collected)
+            self._collected = []
+
+    def end(self) -> None:
+        """Have the rest written; that was all."""
+        if self._collected:
+            self._parts.put(self._collected)
+        self._parts.put(None)
 
     def join(self) -> None:
         """Wait until all is written, or has failed."""

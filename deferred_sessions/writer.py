@@ -244,7 +244,11 @@ class RecordWriter:
     def _spread(self, outcome: Outcome, now: float) -> None:
         """Have the further homes know; what they miss stays dirty."""
         taken = sorted([*outcome.written, *(dirty for dirty, *_ in outcome.repeated)])
-        missed = self._copies.write(self.columns(taken), now) if taken else set()
+        missed = self._copies.write_some(
+            [dirty.key for dirty in taken],
+            lambda places: self.columns([taken[place] for place in places]),
+            now,
+        )
         if outcome.deleted:
             missed |= self._copies.delete([dirty.key for dirty in outcome.deleted])
         if outcome.vanished:

@@ -34,10 +34,23 @@ class Copies:
 
     def write(self, columns: Columns, now: float) -> set[str]:
         """Copy these sessions; return the keys that some home does not have yet."""
+
+        def some(places: Sequence[int]) -> Columns:
+            return Columns(*([column[i] for i in places] for column in columns))  # type: ignore[arg-type]
+
+        return self.write_some(columns.key, some, now)
+
+    def write_some(
+        self, keys: Sequence[str], columns: Callable[[Sequence[int]], Columns], now: float
+    ) -> set[str]:
+        """Do the same with what `columns` returns of those at some places of `keys`.
+
+        So nobody encodes what no further home is to have.
+        """
         missed: set[str] = set()
-        for server, indexes in self._others(columns.key).items():
-            part = Columns(*([column[i] for i in indexes] for column in columns))  # type: ignore[arg-type]
-            missed |= self._try(server, part.key, partial(_copy, part, now))
+        for server, places in self._fleet.further_homes(keys).items():
+            part = columns(places)
+            missed |= self._try(server, part.key, partial(_copy_to, part, now))
         return missed
 
     def delete(self, keys: Sequence[str]) -> set[str]:
@@ -47,7 +60,7 @@ class Copies:
         belongs, all homes remember the deletion, though they have no row.
         """
         missed: set[str] = set()
-        for server, indexes in self._others(keys).items():
+        for server, indexes in self._fleet.further_homes(keys).items():
             part = [keys[i] for i in indexes]
             missed |= self._try(server, part, partial(_delete, part))
         if not self._fleet.is_whole():
@@ -56,7 +69,7 @@ class Copies:
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove copies of what somebody else deleted at the authority."""
-        for server, indexes in self._others(keys).items():
+        for server, indexes in self._fleet.further_homes(keys).items():
             part = [keys[i] for i in indexes]
             self._try(server, part, partial(_remove, part))
 
@@ -69,15 +82,6 @@ class Copies:
         for server, part in homes.items():
             missed |= self._try(server, part, partial(_remember, part))
         return missed
-
-    def _others(self, keys: Sequence[str]) -> dict[SessionServer, list[int]]:
-        """Return the places in `keys` of those that each server is a further home of."""
-        others: dict[SessionServer, list[int]] = {}
-        if self._fleet.only is None:
-            for index, key in enumerate(keys):
-                for server in self._fleet.homes(key)[1:]:
-                    others.setdefault(server, []).append(index)
-        return others
 
     def _try(
         self, server: SessionServer, keys: Sequence[str], work: Callable[[SessionServer], object]
@@ -104,6 +108,10 @@ class Copies:
             error,
             extra={"action": "copies_missed", "server": alias, "count": count},
         )
+
+
+def _copy_to(columns: Columns, now: float, server: SessionServer) -> int:
+    return copy(server, columns, server.owner(), now)
 
 
 def copy(server: SessionServer, columns: Columns, owner: str, now: float) -> int:

@@ -88,6 +88,18 @@ class Fleet:
         homes = self.view().homes(self._placement.ranked(key))
         return tuple([self._servers[alias] for alias in homes])
 
+    def further_homes(self, keys: Sequence[str]) -> dict[SessionServer, list[int]]:
+        """Return the homes of `keys` beside their authorities, each with the places of its keys."""
+        further: dict[SessionServer, list[int]] = {}
+        if self.only is not None:
+            return further
+        view, ranked = self.view(), self._placement.ranked
+        if view.copies > 1 or view.filling:
+            for index, key in enumerate(keys):
+                for alias in view.homes(ranked(key))[1:]:
+                    further.setdefault(self._servers[alias], []).append(index)
+        return further
+
     def ranked(self, key: str) -> tuple[str, ...]:
         """Return all of SERVERS in the order in which they would hold `key`."""
         return self._placement.ranked(key)

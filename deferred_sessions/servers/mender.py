@@ -73,11 +73,7 @@ class Mender:
     def fill(self, source: str, target: str, after: str) -> Page:
         """Copy to `target` what it lacks of the sessions whose authority is `source`."""
         page = self._shelves[source].page(after)
-        theirs = {
-            key: page[key]
-            for key in self._filled(page, target)
-            if self._view.authority(self._ranked(key)) == source
-        }
+        theirs = {key: page[key] for key in self._filled(page, target, source)}
         copied = self._deliver(source, theirs, target)
         return Page(max(page, default=after), Tally(len(page), copied), not page)
 
@@ -103,9 +99,24 @@ class Mender:
 
     # Inside
 
-    def _filled(self, keys: Iterable[str], target: str) -> list[str]:
-        """Return those of `keys` of which `target`, which is filling, is to be a home."""
-        return [key for key in keys if self._view.is_filled_with(target, self._ranked(key))]
+    def _filled(self, keys: Iterable[str], target: str, source: str = "") -> list[str]:
+        """Return those of `keys` of which `target`, which is filling, is to be a home.
+
+        With a `source`, only those that this one is the authority of.
+        """
+        trusted, copies, ranked = self._view.trusted, self._view.copies, self._ranked
+        found = []
+        for key in keys:
+            before = 0  # how many homes it has that come before the target
+            for server in ranked(key):
+                if server == target:
+                    if before < copies:
+                        found.append(key)
+                    break
+                before += server in trusted
+        if not source:
+            return found
+        return [key for key in found if self._view.authority(ranked(key)) == source]
 
     def _deliver(self, source: str, stamps: Mapping[str, Stamp], target: str) -> int:
         """Copy what `target` lacks of these; return how many rows that were."""
@@ -151,11 +162,7 @@ class Mender:
         while page := shelf.page(after):
             after = max(page)
             old = {key for key, stamp in page.items() if stamp.written_at < made_at}
-            theirs = [
-                key
-                for key in self._filled(old, target)
-                if self._view.authority(self._ranked(key)) == source
-            ]
+            theirs = self._filled(old, target, source)
             removed += shelf.remove({key: page[key] for key in self._without_row(theirs)})
         return removed
 

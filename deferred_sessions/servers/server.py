@@ -332,11 +332,12 @@ class SessionServer:
             raise ServerUnavailableError(
                 f"PostgreSQL was away a moment ago; it is tried again in {pause:.1f} s."
             )
+        began = self.breaker.clock()
         try:
             with translated():
                 connection.ensure_connection()
         except DeferredSessionsError:
-            self.breaker.failed()
+            self.breaker.failed(self.breaker.clock() - began)
             raise
         self.breaker.succeeded()
 
