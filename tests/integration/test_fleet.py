@@ -410,6 +410,7 @@ def test_what_is_left_over_from_an_earlier_outage_is_not_served(servers: Servers
             f"INSERT INTO deferred_sessions_session ({columns}) VALUES (%s, %s, %s, %s, %s, %s)",
             values,
         )
+        theirs.execute("UPDATE deferred_sessions_session SET written_at = now() - interval '1 h'")
     change(session, n=1)
     flush(servers)
     forget(servers.runtime)
