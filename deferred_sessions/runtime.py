@@ -152,7 +152,11 @@ def reset_runtime() -> None:
 
 
 def build_runtime(settings: Settings, identity: str, serializer: type[Serializer]) -> Runtime:
-    """Wire the parts for these settings; does no I/O."""
+    """Wire the parts for these settings; does no I/O.
+
+    Raises:
+        ImproperlyConfigured: There are fewer servers than copies.
+    """
     directory = settings.directory or default_directory(identity)
     policy = settings.policy
     size = settings.store_size

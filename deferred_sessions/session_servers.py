@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
 from deferred_sessions.conf import Settings
@@ -54,7 +55,16 @@ def build_session_servers(
     owner: Callable[[], str],
     traits: Mapping[str, Sequence[str]],
 ) -> SessionServers:
-    """Wire the parts for these settings; does no I/O."""
+    """Wire the parts for these settings; does no I/O.
+
+    Raises:
+        ImproperlyConfigured: Each copy needs a server of its own.
+    """
+    if settings.copies > len(settings.servers):
+        raise ImproperlyConfigured(
+            f"DEFERRED_SESSIONS wants {settings.copies} COPIES of each session, and names "
+            f"{len(settings.servers)} SERVERS: add servers, or lower COPIES."
+        )
     timeout = settings.server_deadline
     heart_timeout = timeout and min(timeout, settings.node_timeout / 3)
     fleet = Fleet(

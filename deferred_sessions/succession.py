@@ -22,13 +22,16 @@ from deferred_sessions.flusher import Flusher
 from deferred_sessions.membership import VIEW as TRAIT
 from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
+from deferred_sessions.memory.tables import Transition
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.report import AGENT
 from deferred_sessions.revocations import ended
 from deferred_sessions.servers.deciding import Seen, decide
 from deferred_sessions.servers.fleet import Fleet
+from deferred_sessions.servers.lookup import positions
 from deferred_sessions.servers.registry import Registry
+from deferred_sessions.servers.rows import Position
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import IN, OUT, Standings, View, encode, merged
 from deferred_sessions.session_servers import VIEW
@@ -198,7 +201,7 @@ class Succession:
         ]
         for server, keys in self._servers.by_authority(moved, str):
             for start in range(0, len(keys), PART):
-                self._mark(server, keys[start : start + PART], now)
+                self._mark(server, keys[start : start + PART], view, now)
         if moved:
             logger.info(
                 "%d sessions of this host belong to other session servers now.",
@@ -206,16 +209,30 @@ class Succession:
                 extra={"action": "sessions_moved", "count": len(moved)},
             )
 
-    def _mark(self, server: SessionServer, keys: Sequence[str], now: float) -> None:
+    def _mark(self, server: SessionServer, keys: Sequence[str], view: View, now: float) -> None:
         server.connect()
-        versions = server.versions(keys)
-        gone = [key for key in keys if key not in versions]
+        found = positions(server, keys)
+        gone = [key for key in keys if key not in found]
         revoked = server.revoked(gone) if gone else set()
         for key in revoked:
             self._store.bury(key, partial(ended, key, self._policy, now))
-        self._store.update_many(
-            {key: partial(_told, versions.get(key), now) for key in keys if key not in revoked}
-        )
+        marks: dict[str, Transition] = {}
+        for key in keys:
+            if key not in revoked:
+                least = self._least_fence(key, found.get(key), view)
+                marks[key] = partial(_told, found.get(key), least, now)
+        self._store.update_many(marks)
+
+    def _least_fence(self, key: str, row: Position | None, view: View) -> int | None:
+        """Return what the fence of a session in memory is to exceed; None if it stays.
+
+        To move is a change of hands: so no fence is given twice, by a server then and by
+        another one now. What is left over on the new one, from before it decided, may have a
+        later fence than the session, and is outbid; what a node has told it since counts.
+        """
+        if not view.has_changed_hands(self._servers.ranked(key)):
+            return None
+        return 0 if row is None or row.written_at >= view.changed_at() else row.fence
 
     @staticmethod
     def _tell(before: Standings, view: View) -> None:
@@ -243,12 +260,16 @@ class Succession:
         )
 
 
-def _told(version: int | None, now: float, record: SessionRecord | None) -> SessionRecord | None:
-    """Return `record` as it is when the server that decides now has it in this version."""
+def _told(
+    row: Position | None, least: int | None, now: float, record: SessionRecord | None
+) -> SessionRecord | None:
+    """Return `record` as it is when the server that decides now has it like this."""
     if record is None or record.is_tombstone:
         return record and lifecycle.due_again(record, due_at=now)
-    if version is None:
+    if row is not None and row.version > record.version:
+        return lifecycle.due_again(record, due_at=now) if record.is_dirty else None
+    if least is not None:
+        record = record._replace(fence=max(record.fence, least) + 1)
+    if row is None:
         return lifecycle.unstored(record, now=now)
-    if version <= record.version:
-        return lifecycle.forgotten(record, now=now)
-    return lifecycle.due_again(record, due_at=now) if record.is_dirty else None
+    return lifecycle.forgotten(record, now=now)

@@ -15,7 +15,7 @@ from typing import Final, TypeVar
 
 from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailableError
 from deferred_sessions.servers.placement import Placement
-from deferred_sessions.servers.registry import Registry
+from deferred_sessions.servers.registry import Registry, announce
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import (
     OUT,
@@ -223,7 +223,10 @@ class Fleet:
         return view
 
     def _founded(self) -> dict[str, Standing]:
-        """Return how servers stand that no agent has written anything about."""
+        """Return how servers stand that nobody has written anything about; write it down.
+
+        At once, because what this process is about to write makes an empty server look used.
+        """
         try:
             found = {}
             for alias, server in self._servers.items():
@@ -231,7 +234,10 @@ class Fleet:
                     found[alias] = Registry(server).has_sessions()
         except DeferredSessionsError:
             return {}
-        return founded(found, time.time())
+        standings = founded(found, time.time())
+        for standing in standings.values():
+            announce(self._servers.values(), standing)
+        return standings
 
     def _has_passed_on(self, key: str, server: SessionServer) -> bool:
         """Wait until another server decides about `key`, if that may come; return whether."""

@@ -105,9 +105,13 @@ class FleetLeases:
         if self._fleet.is_moving(key):
             server.connect()  # who is away shall be noticed
             return Grant(Answer.QUEUED)
-        if not self._fleet.is_whole():
+        is_whole = self._fleet.is_whole()
+        if not is_whole:
             self._lookup.bring(key)
-        return self._leases[server.alias].acquire(key, waits=waits, is_unknown=is_unknown)
+        grant = self._leases[server.alias].acquire(key, waits=waits, is_unknown=is_unknown)
+        if not is_whole and grant.answer is Answer.GRANTED:
+            self._lookup.note_grant(key, server)
+        return grant
 
     def _of_each(
         self, ask: Callable[[Leases], dict[str, int]]

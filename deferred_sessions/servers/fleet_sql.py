@@ -64,11 +64,18 @@ are those of INSERT, then the owner and when it was written. A row without an ow
 somebody else's change, see migration 0013."""
 
 POSITIONS: Final[LiteralString] = """
-    SELECT session_key, version, fence, coalesce(owner, '')
+    SELECT session_key, version, fence, extract(epoch FROM written_at)::float8
       FROM deferred_sessions_session
      WHERE session_key = ANY(%b::text[])
 """
-"""What stands in the rows of many sessions, and who has their leases."""
+"""What stands in the rows of many sessions, and since when."""
+
+NOTE_GRANT: Final[LiteralString] = """
+    UPDATE deferred_sessions_session
+       SET written_at = greatest(written_at, clock_timestamp())
+     WHERE session_key = %b AND owner = %b
+"""
+"""A lease was given while a server is away: it is to hear of the fence when it is filled."""
 
 FIND: Final[LiteralString] = """
     SELECT session_data, extract(epoch FROM expire_date)::float8, version, fence,

@@ -6,7 +6,7 @@ said if a server that is trusted, and that would be a home if all were, has said
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -14,7 +14,7 @@ from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailabl
 from deferred_sessions.servers import fleet_sql
 from deferred_sessions.servers.copies import copy
 from deferred_sessions.servers.fleet import Fleet
-from deferred_sessions.servers.rows import Columns
+from deferred_sessions.servers.rows import Columns, Position
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import IN
 
@@ -65,6 +65,18 @@ class Lookup:
         if latest is not None and latest is not here and not is_deleted:
             copy(authority, latest.columns, latest.owner, latest.written_at)
 
+    def note_grant(self, key: str, server: SessionServer) -> None:
+        """Have servers that are away, or are being filled, hear of a lease that was just given.
+
+        Or they would give out the same fence when they are back.
+        """
+        server.run(fleet_sql.NOTE_GRANT, [key, self._fleet.owner()])
+        found, view = find(server, key), self._fleet.view()
+        for home in self._fleet.homes(key)[1:]:
+            if found is not None and home.alias in view.filling:
+                with suppress(DeferredSessionsError):  # then it is out again before long
+                    copy(home, found.columns, found.owner, found.written_at)
+
     def _check(self, key: str, written_at: float | None, silent: Collection[str]) -> None:
         """Raise if who said nothing may have something later of the session.
 
@@ -83,6 +95,12 @@ class Lookup:
     @staticmethod
     def _is_deleted(server: SessionServer, key: str) -> bool:
         return bool(server.run(fleet_sql.DELETED, [key])[0][0])
+
+
+def positions(server: SessionServer, keys: Sequence[str]) -> dict[str, Position]:
+    """Return how far the rows of these sessions are; leaves out those without a row."""
+    rows = server.run(fleet_sql.POSITIONS, [sorted(keys)])
+    return {key: Position(*position) for key, *position in rows}
 
 
 def find(server: SessionServer, key: str) -> Copy | None:

@@ -23,7 +23,7 @@ def announce(servers: Iterable[SessionServer], standing: Standing) -> bool:
     """
     has_heard = False
     for server in servers:
-        with suppress(DeferredSessionsError):
+        with suppress(DeferredSessionsError), server.attempt():
             Registry(server).write([standing])
             has_heard = True
     return has_heard

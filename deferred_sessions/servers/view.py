@@ -187,6 +187,17 @@ class View:
             ranked, self.trusted, self.copies
         )
 
+    def has_changed_hands(self, ranked: Sequence[str]) -> bool:
+        """Tell whether another server decides about a key than when this node settled last."""
+        old = self.settled
+        if old is None or old.servers != self.servers:
+            return True
+        return trusted_homes(ranked, old.trusted, 1) != (self.authority(ranked),)
+
+    def changed_at(self) -> float:
+        """Return when a server changed places last, as its agent's clock had it."""
+        return max((standing.since for standing in self.standings.values()), default=EPOCH)
+
     def with_standings(self, standings: Standings) -> View:
         """Return this view with other standings; nodes may yet have to move to it."""
         after = replace(self, standings=dict(standings))

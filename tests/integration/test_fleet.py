@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import StringIO
 from typing import Any
 
 import pytest
+from django.core.management import call_command
 from django.db import connections
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.dashboard import snapshot
 from deferred_sessions.exceptions import ServerUnavailableError
 from deferred_sessions.membership import VIEW
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
@@ -19,7 +22,7 @@ from deferred_sessions.servers.registry import Registry, announce
 from deferred_sessions.servers.rows import Answer
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import FILLING, IN, LEAVING, Standing
-from tests.integration.conftest import change, created, forget, record
+from tests.integration.conftest import change, created, forget, record, second_connection
 from tests.integration.fleets import ALIASES, Servers, _databases, servers  # noqa: F401
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -285,14 +288,8 @@ def test_new_sessions_go_past_a_dead_server(servers: Servers) -> None:  # noqa: 
     servers.beat()
     for n in range(20):
         created(n=n)
-    assert sum(Session_counts(servers, B, C)) == 20
+    assert sum(servers.counts(B, C)) == 20
     assert flush(servers).remaining == 0
-
-
-def Session_counts(servers: Servers, *aliases: str) -> list[int]:  # noqa: F811, N802
-    from deferred_sessions.models import Session
-
-    return [Session.objects.using(alias).count() for alias in aliases]
 
 
 def test_what_only_the_dead_server_has_is_unavailable(servers: Servers) -> None:  # noqa: F811
@@ -410,6 +407,7 @@ def test_what_is_left_over_from_an_earlier_outage_is_not_served(servers: Servers
             f"INSERT INTO deferred_sessions_session ({columns}) VALUES (%s, %s, %s, %s, %s, %s)",
             values,
         )
+        theirs.execute("UPDATE deferred_sessions_session SET written_at = now() - interval '1 h'")
     change(session, n=1)
     flush(servers)
     forget(servers.runtime)
@@ -533,3 +531,77 @@ def test_standings_are_told_in_any_order(servers: Servers) -> None:  # noqa: F81
     assert registry.read()[B].phase == FILLING
     registry.remove(B)
     assert registry.read() == {}
+
+
+# The agent itself
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@contextmanager
+def away(alias: str) -> Iterator[None]:
+    """Have a database take no connections in the block, and end those that it has."""
+    name = connections[alias].settings_dict["NAME"]
+    with second_connection() as own:
+        own.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')  # type: ignore[call-overload]
+        own.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
+        )
+        try:
+            yield
+        finally:
+            own.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')  # type: ignore[call-overload]
+
+
+def test_the_agent_follows_the_servers(servers: Servers) -> None:  # noqa: F811
+    """E06: a server goes, the next takes over; it comes back, and is to be filled."""
+    runtime = servers.tune(HEARTBEAT_INTERVAL=0.1, NODE_TIMEOUT=2.0)
+    view = runtime.fleet.view
+    runtime.agent.start()
+    try:
+        wait_until(lambda: servers.phases() == "in in in" and view().is_agreed)
+        session = created_at(servers, A, n=1)
+        change(session, n=2)
+        with away(A):
+            wait_until(lambda: servers.phases() == "out in in" and view().is_agreed)
+            home = servers.authority(session.session_key)
+            assert servers.value(session.session_key, home) == {"n": 2}
+            forget(runtime)
+            assert loaded(session) == {"n": 2}
+        wait_until(lambda: servers.phases() == "filling in in" and view().is_agreed)
+    finally:
+        runtime.agent.stop()
+
+
+def test_who_asks_for_a_session_waits_for_the_next_server(
+    servers: Servers,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One request, no error: the agent finds out meanwhile."""
+    monkeypatch.setattr("deferred_sessions.servers.fleet.PATIENCE", 20.0)
+    runtime = servers.tune(HEARTBEAT_INTERVAL=0.1, NODE_TIMEOUT=2.0, COPIES=2)
+    runtime.agent.start()
+    try:
+        wait_until(lambda: runtime.fleet.view().is_agreed)
+        session = created_at(servers, A, n=1)
+        forget(runtime)
+        with away(A):
+            assert loaded(session) == {"n": 1}
+            assert servers.phases() == "out in in"
+    finally:
+        runtime.agent.stop()
+
+
+def test_commands_ask_all_servers(servers: Servers) -> None:  # noqa: F811
+    settled(servers)
+    out = StringIO()
+    call_command("sessionnodes", stdout=out)
+    assert out.getvalue().count("alive") == 1
+    call_command("sessionnodes", "--refused", stdout=out)
+    found = snapshot("15m", time.time())
+    assert (len(found["nodes"]), found["refused"]) == (1, 0)

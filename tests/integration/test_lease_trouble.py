@@ -127,14 +127,15 @@ def test_nor_does_another_while_one_is_asking(
     a = get_runtime()
     a.pulse.beat(moment() - 60)
     found: list[Any] = []
-    real = a.leases.beat
+    leases = a.membership.at("default")._leases
+    real = leases.beat
 
     def beat(*arguments: Any) -> Any:
         monkeypatch.undo()
         found.append(SessionStore(session.session_key).load()["n"])
         return real(*arguments)
 
-    monkeypatch.setattr(a.leases, "beat", beat)
+    monkeypatch.setattr(leases, "beat", beat)
     assert SessionStore(session.session_key).load()["n"] == 2
     assert found == [2]
 
@@ -196,7 +197,7 @@ def test_what_was_written_and_handed_over_meanwhile_is_not_refused(
     found, theirs = Session.objects.get(pk=key), SessionStore().encode({"b": 1})
     columns = Columns([key], [theirs], [NOW], [found.version + 1], [found.fence], [""], [NOW])
     SessionServer("default", owner=lambda: "b#1").update(columns, NOW)
-    a.flusher._run(time.time()).take(batch)
+    a.flusher._runs(time.time()).write(batch)
     assert not RefusedWrite.objects.exists()
     assert row(key) == {"b": 1}
 
