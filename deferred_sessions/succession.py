@@ -96,8 +96,10 @@ class Succession:
     def _exchange(self, server: SessionServer) -> None:
         """Hear what a server that has just answered knows of all, and tell it what it does not."""
         registry, view = Registry(server), self._noted()
+        # In this order: who creates the first session has written the register before.
+        is_used = view is None and registry.has_sessions()
         register = registry.read()
-        has_sessions = not register and view is None and registry.has_sessions()
+        has_sessions = is_used and not register
         with self._lock:
             seen = self._seen[server.alias]
             self._seen[server.alias] = seen.heard(register.values(), has_sessions=has_sessions)
