@@ -11,8 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
-from pathlib import Path
 from typing import Final
 
 from django.core.signals import setting_changed
@@ -176,14 +174,12 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     cache: SessionCache[Snapshot] = SessionCache(settings.cache_size)
     counters = Counters(directory)
     store.on_evicted = partial(counters.add, Counter.EVICTIONS)
-    name = settings.node or _default_name(directory)
     pulse = Pulse(directory, patience=settings.node_timeout / 2)
     servers = build_session_servers(
         settings,
         store=store,
         pulse=pulse,
         counters=counters,
-        owner=partial(_owner, name, store),
         traits=traits(),
     )
     fleet, leases = servers.fleet, servers.leases
@@ -380,21 +376,10 @@ def _adoption(
     return Adoption(engine=store, servers=fleet, copies=copies, codec=codec, encoder=encoder)
 
 
-def _default_name(directory: Path) -> str:
-    """Return the name of the host, and of its store if there could be others."""
-    digest = blake2b(str(directory).encode(), digest_size=3).hexdigest()
-    return f"{os.uname().nodename[:40]}:{digest}"
-
-
 def _node_cookie(settings: Settings) -> NodeCookie | None:
     if settings.node_cookie is None or settings.node is None:
         return None
     return NodeCookie(settings.node_cookie, settings.node, cookie_attributes)
-
-
-def _owner(name: str, store: HostStore) -> str:
-    """Return the name of this node and the incarnation of its store."""
-    return f"{name}#{store.incarnation()}"
 
 
 def _on_setting_changed(*, setting: str, **_: object) -> None:

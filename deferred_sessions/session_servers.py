@@ -6,9 +6,12 @@ made here, by alias; a single server gets the same parts as one of several.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
+from pathlib import Path
 from typing import Final
 
 from django.core.exceptions import ImproperlyConfigured
@@ -52,7 +55,6 @@ def build_session_servers(
     store: HostStore,
     pulse: Pulse,
     counters: Counters,
-    owner: Callable[[], str],
     traits: Mapping[str, Sequence[str]],
 ) -> SessionServers:
     """Wire the parts for these settings; does no I/O.
@@ -65,6 +67,7 @@ def build_session_servers(
             f"DEFERRED_SESSIONS wants {settings.copies} COPIES of each session, and names "
             f"{len(settings.servers)} SERVERS: add servers, or lower COPIES."
         )
+    owner = partial(_owner, settings.node or _default_name(store.directory), store)
     timeout = settings.server_deadline
     heart_timeout = timeout and min(timeout, settings.node_timeout / 3)
     fleet = Fleet(
@@ -124,6 +127,17 @@ def _view(store: HostStore, pulse: Pulse) -> bytes | None:
     if not store.exists() or pulse.is_late(moment()):
         return None
     return store.note(VIEW)
+
+
+def _default_name(directory: Path) -> str:
+    """Return the name of the host, and of its store if there could be others."""
+    digest = blake2b(str(directory).encode(), digest_size=3).hexdigest()
+    return f"{os.uname().nodename[:40]}:{digest}"
+
+
+def _owner(name: str, store: HostStore) -> str:
+    """Return the name of this node and the incarnation of its store."""
+    return f"{name}#{store.incarnation()}"
 
 
 def _settled_on(fleet: Fleet) -> str:

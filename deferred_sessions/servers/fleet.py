@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final, TypeVar
 
-from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailableError
+from deferred_sessions.exceptions import (
+    DeferredSessionsError,
+    ServerUnavailableError,
+    SessionAwayError,
+)
 from deferred_sessions.servers.placement import Placement
 from deferred_sessions.servers.registry import Registry, announce
 from deferred_sessions.servers.server import SessionServer
@@ -54,6 +58,7 @@ class Fleet:
         self._is_known = is_known
         self._note = note
         self._servers = {alias: make(alias) for alias in weights}
+        self._leaving: dict[str, SessionServer] = {}
         self.first = next(iter(self._servers.values()))
         self.only = self.first if len(self._servers) == 1 else None
         """The server, if there is but one."""
@@ -121,10 +126,13 @@ class Fleet:
 
         Raises:
             ServerUnavailableError: No other server has taken over in time.
+            SessionAwayError: One has, and does not know the session; that is said at once.
         """
         server = self.at(key)
         try:
             return work(server)
+        except SessionAwayError:
+            raise
         except ServerUnavailableError:
             if not self._has_passed_on(key, server):
                 raise
@@ -171,7 +179,10 @@ class Fleet:
         """Return the servers that SERVERS names no more, as far as DATABASES still does."""
         if self.only is not None:
             return []
-        return [self._make(alias) for alias in self.view().leaving if self._is_known(alias)]
+        for alias in self.view().leaving:
+            if alias not in self._leaving and self._is_known(alias):
+                self._leaving[alias] = self._make(alias)
+        return [self._leaving[s] for s in self.view().leaving if s in self._leaving]
 
     def read(self, note: bytes) -> View:
         """Return the view that a node has noted."""

@@ -6,11 +6,11 @@ said if a server that is trusted, and that would be a home if all were, has said
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailableError
+from deferred_sessions.exceptions import DeferredSessionsError, SessionAwayError
 from deferred_sessions.servers import fleet_sql
 from deferred_sessions.servers.copies import copy
 from deferred_sessions.servers.fleet import Fleet
@@ -44,12 +44,14 @@ class Lookup:
         """Have the authority of `key` know the latest of it that any live server has.
 
         Raises:
-            ServerUnavailableError: Who has it may be away; nothing is known about the session.
+            ServerUnavailableError: Nothing is known about the session.
+            SessionAwayError: Who has it may be away.
         """
         authority, view = self._fleet.at(key), self._fleet.view()
         here = latest = find(authority, key)
         is_deleted, heard = self._is_deleted(authority, key), {authority.alias}
-        for server in [*self._fleet.live(), *self._fleet.leaving()]:
+        leaving = self._fleet.leaving()
+        for server in [*self._fleet.live(), *leaving]:
             if server is authority:
                 continue
             with suppress(DeferredSessionsError):
@@ -60,7 +62,7 @@ class Lookup:
                     latest = found
         if is_deleted and here is None:
             return
-        silent = {server for server in view.names if server not in heard}
+        silent = {*view.names, *(server.alias for server in leaving)} - heard
         self._check(key, None if latest is None else latest.written_at, silent)
         if latest is not None and latest is not here and not is_deleted:
             copy(authority, latest.columns, latest.owner, latest.written_at)
@@ -77,7 +79,7 @@ class Lookup:
                 with suppress(DeferredSessionsError):  # then it is out again before long
                     copy(home, found.columns, found.owner, found.written_at)
 
-    def _check(self, key: str, written_at: float | None, silent: Collection[str]) -> None:
+    def _check(self, key: str, written_at: float | None, silent: set[str]) -> None:
         """Raise if who said nothing may have something later of the session.
 
         Only a server that would be a home if all were in may; not if another such server is
@@ -86,11 +88,13 @@ class Lookup:
         """
         view, full = self._fleet.view(), self._fleet.ranked(key)[: self._fleet.copies]
         missing = [alias for alias in full if alias in silent]
+        if written_at is None and silent.intersection(view.leaving):
+            raise SessionAwayError(AWAY)
         if not missing or any(view.phase(a) == IN for a in full if a not in missing):
             return
         since = [view.standings[alias].since for alias in missing if alias in view.standings]
         if written_at is None or written_at < min(since, default=0.0):
-            raise ServerUnavailableError(AWAY)
+            raise SessionAwayError(AWAY)
 
     @staticmethod
     def _is_deleted(server: SessionServer, key: str) -> bool:

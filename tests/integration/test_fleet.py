@@ -14,7 +14,7 @@ from django.db import connections
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.dashboard import snapshot
-from deferred_sessions.exceptions import ServerUnavailableError
+from deferred_sessions.exceptions import ServerUnavailableError, SessionAwayError
 from deferred_sessions.membership import VIEW
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
 from deferred_sessions.servers.leases import Leases
@@ -292,16 +292,20 @@ def test_new_sessions_go_past_a_dead_server(servers: Servers) -> None:  # noqa: 
     assert flush(servers).remaining == 0
 
 
-def test_what_only_the_dead_server_has_is_unavailable(servers: Servers) -> None:  # noqa: F811
+def test_what_only_the_dead_server_has_is_unavailable(
+    servers: Servers,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """An error, which is no logout."""
     settled(servers)
     session = created_at(servers, A, n=1)
     forget(servers.runtime)
     servers.stop(A)
     servers.beat()
-    with pytest.raises(ServerUnavailableError):
+    monkeypatch.setattr("deferred_sessions.servers.fleet.PATIENCE", 600.0)  # nobody waits for it
+    with pytest.raises(SessionAwayError):
         loaded(session)
-    with pytest.raises(ServerUnavailableError):
+    with pytest.raises(SessionAwayError):
         SessionStore().exists(session.session_key or "")
 
 
@@ -428,6 +432,12 @@ def test_a_server_that_leaves_is_still_read(servers: Servers) -> None:  # noqa: 
     servers.runtime.agent.move_once(time.time())
     assert servers.runtime.fleet.view().phase(C) == LEAVING
     assert [loaded(session) for session in sessions] == [{"n": 1}] * 3
+    other = created_at(servers, A, n=2)
+    forget(servers.runtime)
+    servers.stop(C)
+    assert loaded(other) == {"n": 2}
+    with pytest.raises(SessionAwayError):
+        SessionStore("nosuchsession").load()
 
 
 def test_a_dead_server_costs_one_attempt(servers: Servers, monkeypatch: Any) -> None:  # noqa: F811
