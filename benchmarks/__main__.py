@@ -42,6 +42,7 @@ BENCHMARKS = (
     "handover",
     "placement",
     "cleanup",
+    "fleet",
 )
 PACKAGES = {"redis-server": "redis-server", "wrk": "wrk"}  # command: package
 HERE = Path(__file__).parent

@@ -23,7 +23,7 @@ from deferred_sessions.memory.claims import Claim, Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
-from deferred_sessions.servers.leases import Leases
+from deferred_sessions.servers.fleet_leases import FleetLeases
 from deferred_sessions.servers.rows import Answer, Grant, Row
 
 PAUSES: Final = (0.0005,) * 40 + (0.002,) * 40 + (0.005,)  # seconds between looks at memory
@@ -37,7 +37,7 @@ class Acquisition:
         self,
         *,
         store: HostStore,
-        leases: Leases,
+        leases: FleetLeases,
         waiting: Claims,
         pulse: Pulse,
         counters: Counters,
@@ -112,10 +112,19 @@ class Acquisition:
             if last is not None:
                 self._waiting.release(last)
 
+    def find(self, key: str) -> None:
+        """Have the session server of `key` know of it, if another one does.
+
+        Raises:
+            ServerUnavailableError: Nothing is known about the session.
+        """
+        self._leases.find(key)
+
     def _ask(self, key: str, *, waits: bool, deadline: float) -> Grant:
         while True:
             try:
-                return self._leases.acquire(key, waits=waits)
+                is_unknown = self._store.head(key) is None
+                return self._leases.acquire(key, waits=waits, is_unknown=is_unknown)
             except RowLockedError:
                 if self._clock() >= deadline:
                     raise
@@ -134,6 +143,8 @@ class Acquisition:
             raise SessionBusy(
                 f"Node {owner.partition('#')[0]} has held on to the session for "
                 f"{self._timeout:g} s."
+                if owner
+                else "The session servers have changed places, and not all nodes know yet."
             )
         until, pauses = min(deadline, now + LOOK_AGAIN), iter(PAUSES)
         while self._pulse.grants == grants and self._clock() < until:

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from typing import Any, Final
+from typing import Final
 
 from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exceptions import DeferredSessionsError
 from deferred_sessions.old_engine import OldEngine, OldSession
 from deferred_sessions.payload import Codec
+from deferred_sessions.servers.copies import Copies
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.moves import Moves
 from deferred_sessions.servers.rows import USER_KEY, Columns, Row, as_text
-from deferred_sessions.servers.server import SessionServer
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +31,20 @@ UNREADABLE: Final = (TypeError, ValueError, OverflowError, RecursionError)
 
 
 class Adoption:
-    """Carries sessions from the old engine to the session server."""
+    """Carries sessions from the old engine to the session servers."""
 
     def __init__(
-        self, *, engine: OldEngine, server: SessionServer, codec: Codec, encoder: RowEncoder
+        self,
+        *,
+        engine: OldEngine,
+        servers: Fleet,
+        copies: Copies,
+        codec: Codec,
+        encoder: RowEncoder,
     ) -> None:
         self._engine = engine
-        self._server = server
-        self._moves = Moves(server)
+        self._servers = servers
+        self._copies = copies
         self._codec = codec
         self._encoder = encoder
 
@@ -55,9 +61,9 @@ class Adoption:
         if found is None:
             return None
         columns = self._columns([found], now, fence=FENCE)
-        owner = self._server.owner()
-        with self._apart():
-            if not self._moves.adopt(columns, owner, now):
+        owner = self._servers.owner()
+        with self._servers.outside():
+            if self._is_spent_elsewhere(key) or not self._adopt(columns, owner, now):
                 return None
         (data,), (expires_at,), (user_id,) = columns.data, columns.expires_at, columns.user_id
         return Row(
@@ -76,9 +82,12 @@ class Adoption:
             ServerUnavailableError, RowRefusedError: Batches so far are committed.
         """
         for keys in self._engine.pages(batch):
-            unknown = sorted(set(keys) - self._moves.spent(keys))
-            columns = self._columns(self._engine.read_many(unknown), now, fence=0)
-            yield len(keys), self._moves.adopt(columns, "", now) if columns.key else 0
+            spent = {key for server in self._servers.live() for key in Moves(server).spent(keys)}
+            found = list(self._engine.read_many(sorted(set(keys) - spent)))
+            came = 0
+            for _, part in self._servers.by_authority(found, lambda session: session.key):
+                came += self._adopt(self._columns(part, now, fence=0), "", now)
+            yield len(keys), came
 
     def count(self) -> int | None:
         """Return about how many sessions the old engine has; None if nobody knows.
@@ -95,8 +104,9 @@ class Adoption:
         finished, and deleted with the rest, or fails.
         """
         try:
-            with self._apart():
-                self._moves.spend([key], now)
+            with self._servers.outside():
+                for server in self._servers.live():
+                    Moves(server).spend([key], now)
         except DeferredSessionsError as error:
             self._complain(error)
 
@@ -131,9 +141,19 @@ class Adoption:
             [now] * len(sessions),
         )
 
-    def _apart(self) -> Any:
-        """Return what keeps a statement out of a transaction that may be rolled back."""
-        return self._server.apart() if self._server.in_transaction() else nullcontext()
+    def _adopt(self, columns: Columns, owner: str, now: float) -> int:
+        """Create sessions on the server that decides about all of them, and their copies."""
+        if not columns.key:
+            return 0
+        adopted = Moves(self._servers.at(columns.key[0])).adopt(columns, owner, now)
+        if adopted:
+            self._copies.write(columns, now)
+        return adopted
+
+    def _is_spent_elsewhere(self, key: str) -> bool:
+        """Tell whether another server knows that the session was taken over before."""
+        others = (s for s in self._servers.live() if s is not self._servers.at(key))
+        return any(Moves(server).spent([key]) for server in others)
 
     @staticmethod
     def _complain(error: DeferredSessionsError) -> None:

@@ -15,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Final
 
 from django.db import connections
@@ -23,16 +24,15 @@ from deferred_sessions.exceptions import DeferredSessionsError
 from deferred_sessions.figures import FiguresReader
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.handover import Handover
-from deferred_sessions.membership import Membership
 from deferred_sessions.memory import forks
 from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.policy import Policy
 from deferred_sessions.report import AGENT
-from deferred_sessions.revocations import Revocations
-from deferred_sessions.servers.listener import GRANTED, REQUESTED, REVOKED, Listener
-from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.servers.listener import GRANTED, REQUESTED, REVOKED, Listeners
+from deferred_sessions.session_servers import SessionServers
+from deferred_sessions.succession import Succession
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ LOCK: Final = "agent.lock"  # held by the agent of the node
 ROUND: Final = 1.0  # seconds between rounds, and between attempts at being elected
 SOON: Final = 0.003  # seconds until a session that is in use is looked at again
 ASK_AGAIN: Final = 0.25  # seconds until PostgreSQL is asked whether it is still waited for
-LISTEN_AGAIN: Final = 10.0  # seconds after the connection was lost, or refused
 LOG_INTERVAL: Final = 60.0  # seconds between messages about the same duty
+HURRY: Final = 4  # times as often the heart beats while session servers change places
 
 
 class Agent:
@@ -51,29 +51,28 @@ class Agent:
         self,
         *,
         store: HostStore,
-        server: SessionServer,
+        servers: SessionServers,
+        succession: Succession,
+        resync: Callable[[float], object],
         flusher: Flusher,
-        revocations: Revocations,
-        membership: Membership,
         handover: Handover,
         pulse: Pulse,
         figures: FiguresReader,
         policy: Policy,
         heartbeat: float,
-        listen: str,
     ) -> None:
         self._figures = figures
         self._store = store
-        self._server = server
+        self._servers = servers
         self._flusher = flusher
-        self._revocations = revocations
-        self._membership = membership
+        self._revocations = servers.revocations
+        self._succession = succession
+        self._resync = resync
         self._handover = handover
         self._pulse = pulse
         self._policy = policy
         self._heartbeat = heartbeat
-        self._listen = listen
-        self._beat_began: float | None = None
+        self._beats_began: dict[str, float] = {}
         self._is_asked = False
         self._asked_at = 0.0
         self._lock = ProcessLock(store.directory / LOCK)
@@ -114,13 +113,13 @@ class Agent:
         """Act on what others deleted or changed in PostgreSQL."""
         return self._revocations.read_once(now)
 
-    def beat_once(self, now: float) -> list[str]:
-        """Tell the others that this node lives, and find out who does not."""
-        self._beat_began = moment()
+    def beat_once(self, now: float, alias: str) -> list[str]:
+        """Tell the others that this node lives, and find out who does not, on one server."""
+        self._beats_began[alias] = moment()
         try:
-            return self._membership.beat_once(now)
+            return self._succession.beat_once(now, alias)
         finally:
-            self._beat_began = None
+            self._beats_began.pop(alias, None)
 
     def release_once(self, now: float) -> bool:
         """Give up the sessions that other nodes wait for; return whether some are in use."""
@@ -129,6 +128,14 @@ class Agent:
             self._asked_at = now
         self._is_asked = self._handover.release_once(now, ask=ask)
         return self._is_asked
+
+    def move_once(self, now: float) -> bool:
+        """See which session servers are there, and move to those that take over."""
+        return self._succession.move_once(now)
+
+    def resync_once(self, now: float) -> object:
+        """Fill a session server that was away, if that is for this node to do."""
+        return self._resync(now)
 
     def keep_journal_once(self, now: float) -> None:
         """Sync, swap and reset the logs of the journal, as far as it is time to."""
@@ -194,14 +201,17 @@ class Agent:
             target=self._serve_slowly, name="deferred_sessions_agent_slow", daemon=True
         )
         slow.start()
-        for work in (self._beat_on, self._wait_for_beat):
-            threading.Thread(
-                target=work, name=f"deferred_sessions_agent{work.__name__}", daemon=True
-            ).start()
-        self._server.leave_pool()
+        fleet = self._servers.fleet
+        for work in (
+            *(partial(self._beat_on, server.alias) for server in fleet.servers),
+            *(() if fleet.only else (self._move_on, self._resync_on)),
+            self._wait_for_beat,
+        ):
+            threading.Thread(target=work, name="deferred_sessions_agent_beat", daemon=True).start()
+        fleet.leave_pools()
         promptly = (self.release_once, self.read_revocations_once)
-        owner, pause = self._server.owner, min(ROUND, self._flusher.journal.interval or ROUND)
-        with Listener(self._listen, node=owner, retry_after=LISTEN_AGAIN) as listener:
+        pause = min(ROUND, self._flusher.journal.interval or ROUND)
+        with Listeners(self._servers.listen(), self._live) as listener:
             next_round, every = 0.0, ROUND
             try:
                 while not self._stop.is_set():
@@ -220,7 +230,7 @@ class Agent:
 
     def _serve_slowly(self) -> None:
         """Do what may take long, in a thread of its own."""
-        self._server.leave_pool()
+        self._servers.fleet.leave_pools()
         try:
             while not self._stop.is_set():
                 self._round(
@@ -236,13 +246,40 @@ class Agent:
         finally:
             connections.close_all()
 
-    def _beat_on(self) -> None:
-        """Beat, whatever else the agent waits for."""
-        self._server.leave_pool()
+    def _live(self) -> list[str]:
+        return [server.alias for server in self._servers.fleet.live()]
+
+    def _beat_on(self, alias: str) -> None:
+        """Beat on one server, whatever else the agent waits for."""
+        self._servers.fleet.leave_pools()
+        beat = partial(self.beat_once, alias=alias)
         try:
             while not self._stop.is_set():
-                self._do(self.beat_once, time.time())
-                self._stop.wait(self._heartbeat)
+                self._do(beat, time.time(), name="beat_once")
+                self._stop.wait(self._heartbeat / (HURRY if self._succession.is_moving else 1))
+        finally:
+            connections.close_all()
+
+    def _move_on(self) -> None:
+        """Follow the session servers as they come and go."""
+        self._repeat(self.move_once, self._heartbeat / HURRY)
+
+    def _resync_on(self) -> None:
+        """Fill the session servers that were away; page after page, as long as there are any."""
+        self._servers.fleet.leave_pools()
+        try:
+            while not self._stop.is_set():
+                if not self._do(self.resync_once, time.time()):
+                    self._stop.wait(self._heartbeat)
+        finally:
+            connections.close_all()
+
+    def _repeat(self, duty: Callable[[float], object], pause: float) -> None:
+        self._servers.fleet.leave_pools()
+        try:
+            while not self._stop.is_set():
+                self._do(duty, time.time())
+                self._stop.wait(pause)
         finally:
             connections.close_all()
 
@@ -250,7 +287,7 @@ class Agent:
         """Keep the pulse while PostgreSQL hangs: as in any outage, memory goes on to be trusted."""
         patience = self._pulse.patience / 4
         while not self._stop.wait(patience):
-            began = self._beat_began
+            began = min(list(self._beats_began.values()), default=None)
             if began is not None and moment() - began > patience:
                 self._pulse.beat(moment())
 
@@ -270,13 +307,16 @@ class Agent:
             if not self._stop.is_set():
                 self._do(duty, now)
 
-    def _do(self, duty: Callable[[float], object], now: float) -> None:
+    def _do(self, duty: Callable[[float], object], now: float, name: str = "") -> object:
+        """Return what `duty` does; None if it fails."""
+        name = name or duty.__name__
         try:
-            duty(now)
+            return duty(now)
         except DeferredSessionsError as error:
-            self._warn(duty.__name__, now, "%s failed: %s", duty.__name__, error)
+            self._warn(name, now, "%s failed: %s", name, error)
         except Exception:  # noqa: BLE001 - a duty that fails must not end the agent
-            self._warn(duty.__name__, now, "%s failed.", duty.__name__, exc_info=True)
+            self._warn(name, now, "%s failed.", name, exc_info=True)
+        return None
 
     def _warn(
         self,

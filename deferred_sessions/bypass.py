@@ -21,8 +21,9 @@ from deferred_sessions.payload import Snapshot
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.saving import DELETED, Rest, Saving, has_moved_on
+from deferred_sessions.servers.copies import Copies
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.rows import Columns
-from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.writer import RecordWriter
 
 NOT_NOW: Final = (
@@ -39,16 +40,18 @@ class Bypass:
         self,
         *,
         store: HostStore,
-        server: SessionServer,
+        servers: Fleet,
         intake: Intake,
         writer: RecordWriter,
+        copies: Copies,
         counters: Counters,
         policy: Policy,
     ) -> None:
         self._store = store
-        self._server = server
+        self._servers = servers
         self._intake = intake
         self._writer = writer
+        self._copies = copies
         self._counters = counters
         self._policy = policy
 
@@ -66,7 +69,7 @@ class Bypass:
                 until then.
             ServerUnavailableError, RowRefusedError, SessionBusy: Nothing was saved.
         """
-        if self._server.in_transaction():
+        if self._servers.in_transaction():
             raise StoreFullError(NOT_NOW)
         for _ in range(ATTEMPTS):
             row = self._intake.leased(saving.key)
@@ -92,10 +95,15 @@ class Bypass:
     def _write(self, record: SessionRecord, *, is_touch: bool, now: float) -> bool:
         """Write `record`; return whether PostgreSQL took it."""
         columns: Columns = self._writer.columns([Dirty.of(record)])
-        with self._server.attempt():
+        server = self._servers.at(record.key)
+        with server.attempt():
             if not record.is_changed and is_touch:
-                return bool(self._server.touch(columns, now))
-            return bool(self._server.update(columns, now))
+                was_taken = server.touch(columns, now)
+            else:
+                was_taken = server.update(columns, now)
+        if was_taken:
+            self._copies.write(columns, now)
+        return bool(was_taken)
 
     def _hand_over(
         self, saving: Saving, known: SessionRecord | None, written: SessionRecord

@@ -26,7 +26,7 @@ def check_settings(**_: Any) -> list[checks.CheckMessage]:
 def check_deployment(**_: Any) -> list[checks.CheckMessage]:
     """Return a message for each thing an operator should know; for `check --deploy` only."""
     runtime = None if any(problems(raw_settings())) else get_runtime_in_use()
-    if runtime is None or len(runtime.settings.servers) > 1:
+    if runtime is None:
         return []
     return [_message(problem) for problem in findings(runtime, time.time())]
 

@@ -14,7 +14,7 @@ from deferred_sessions.flusher import Flusher
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.policy import Policy
-from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.servers.fleet import Fleet
 
 NOTE: Final = "draining"  # the name under which the node keeps since when it is drained
 REST: Final = 100  # times what it took that the dirty sessions are left alone after a look
@@ -60,10 +60,10 @@ class ConditionReader:
     """Looks at a node, and keeps whether it is drained."""
 
     def __init__(
-        self, *, store: HostStore, server: SessionServer, flusher: Flusher, policy: Policy
+        self, *, store: HostStore, servers: Fleet, flusher: Flusher, policy: Policy
     ) -> None:
         self._store = store
-        self._server = server
+        self._servers = servers
         self._flusher = flusher
         self._policy = policy
         self._oldest: float | None = None
@@ -111,10 +111,11 @@ class ConditionReader:
 
     def _is_postgresql_away(self, now: float) -> bool | None:
         """Return what was found out last, by connecting or by a flush that had work to do."""
-        breaker = self._server.breaker
         found: list[tuple[float, bool]] = []
-        if (seen_ago := breaker.seen_ago()) is not None:
-            found.append((seen_ago, breaker.is_broken))
+        breakers = [server.breaker for server in self._servers.live()]
+        seen = [ago for breaker in breakers if (ago := breaker.seen_ago()) is not None]
+        if seen:
+            found.append((min(seen), any(breaker.is_broken for breaker in breakers)))
         report = self._flusher.last_report()
         if report is not None and (report.failure or report.rows):
             found.append((max(0.0, now - report.at), bool(report.failure)))

@@ -28,7 +28,7 @@ from django.utils.module_loading import import_string
 
 from deferred_sessions.policy import Policy
 from deferred_sessions.rules import RULES
-from deferred_sessions.topology import Servers, server_problems, weights_of
+from deferred_sessions.topology import Servers, fleet_problems, server_problems, weights_of
 
 NAME: Final = "DEFERRED_SESSIONS"
 ENGINE: Final = "deferred_sessions.backend"
@@ -36,6 +36,7 @@ MIDDLEWARE: Final = "deferred_sessions.middleware.SessionMiddleware"
 SIGNED_COOKIES: Final = "django.contrib.sessions.backends.signed_cookies"  # has no keys
 DJANGOS_MIDDLEWARE: Final = "django.contrib.sessions.middleware.SessionMiddleware"
 ROUTER: Final = "deferred_sessions.router.SessionRouter"
+SERVER_TIMEOUT: Final = 5.0  # seconds, where there are several servers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,8 @@ class Settings:
     """The database aliases that hold the sessions, perhaps with weights; see `weights`."""
     copies: int = 1
     """On how many of them each session is kept."""
+    server_timeout: float | None = None
+    """Seconds for a server to answer a statement; None = 5.0 with several, with one no limit."""
 
     @property
     def policy(self) -> Policy:
@@ -113,6 +116,13 @@ class Settings:
     def weights(self) -> dict[str, float]:
         """How much each session server is to hold compared with the others, by alias."""
         return weights_of(self.servers)
+
+    @property
+    def server_deadline(self) -> float | None:
+        """Seconds after which a session server that does not answer has failed; None: never."""
+        if self.server_timeout is None and len(self.servers) > 1:
+            return SERVER_TIMEOUT
+        return self.server_timeout
 
     @property
     def server(self) -> str:
@@ -195,11 +205,10 @@ def relations() -> Iterator[Problem]:
         )
 
     if len(settings.servers) > 1:
-        yield Problem(
-            "W021",
-            f"{NAME}['SERVERS'] names several servers, of which this version can use one.",
-            "Sessions will not be served; `migrate --database` works for each.",
+        found = fleet_problems(
+            tuple(settings.servers), django_settings.DATABASES, has_agent=settings.agent
         )
+        yield from starmap(Problem, found)
     if settings.server != DEFAULT_DB_ALIAS and ROUTER not in django_settings.DATABASE_ROUTERS:
         yield Problem(
             "W022",

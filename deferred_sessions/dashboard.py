@@ -5,6 +5,7 @@ Called by `admin`. Invariant: figures of this host and of the site's nodes, noth
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
@@ -91,14 +92,15 @@ def nodes(figures: Statistics) -> list[dict[str, Any]]:
         "dirty": figures.store.dirty,
         "seen": 0.0,
     }
-    server = get_runtime().server
-    known = Node.objects.using(server.alias).exclude(node=server.owner()).alias(now=Now())
-    heard = known.filter(beat_at__gt=F("now") - HEARD)
-    try:
-        others = list(heard.annotate(age=F("now") - F("beat_at")))
-    except DatabaseError:
-        others = []
-    return [here, *map(_other, sorted(others, key=str))]
+    others: dict[str, Node] = {}
+    for server in get_runtime().fleet.live():
+        known = Node.objects.using(server.alias).exclude(node=server.owner()).alias(now=Now())
+        heard = known.filter(beat_at__gt=F("now") - HEARD)
+        with suppress(DatabaseError):
+            for node in heard.annotate(age=F("now") - F("beat_at")).order_by("beat_at"):
+                if node.pk not in others or node.beat_at > others[node.pk].beat_at:
+                    others[node.pk] = node
+    return [here, *map(_other, sorted(others.values(), key=str))]
 
 
 def _other(node: Node) -> dict[str, Any]:
@@ -116,7 +118,8 @@ def _other(node: Node) -> dict[str, Any]:
 def refused() -> int | None:
     """Return how many writes were refused and kept for inspection; None if nobody can say."""
     try:
-        return RefusedWrite.objects.using(get_runtime().server.alias).count()
+        live = get_runtime().fleet.live()
+        return sum(RefusedWrite.objects.using(server.alias).count() for server in live)
     except DatabaseError:
         return None
 

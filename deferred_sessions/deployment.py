@@ -82,18 +82,21 @@ def _poller(runtime: Runtime, now: float) -> Iterator[Problem]:
 
 
 def _of_database(runtime: Runtime) -> Iterator[Problem]:
-    if names := namesakes(runtime.server):
+    live = runtime.fleet.live()
+    if names := sorted({name for server in live for name in namesakes(server)}):
         yield Problem(
             "W034",
             f"Several hosts have the same name: {', '.join(names)}. They take each other's "
             "sessions away.",
             "Give each a NODE of its own.",
         )
-    listen = runtime.settings.listen or runtime.server.alias
-    if is_pooled(listen):
-        yield Problem(
-            "W036",
-            f"The database {listen!r} is behind a pooler of transactions, which passes no "
-            "notifications on: hosts hear of each other's requests and of deletions late.",
-            "Have LISTEN name an entry of DATABASES that leads past the pooler.",
-        )
+    listen = runtime.settings.listen if runtime.fleet.only else None
+    for alias in [listen] if listen else [server.alias for server in live]:
+        if is_pooled(alias):
+            yield Problem(
+                "W036",
+                f"The database {alias!r} is behind a pooler of transactions, which passes no "
+                "notifications on: hosts hear of each other's requests and of deletions late.",
+                "Have LISTEN name an entry of DATABASES that leads past the pooler; of several "
+                "SERVERS, name those themselves past their poolers.",
+            )

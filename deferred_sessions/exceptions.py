@@ -13,6 +13,7 @@ that code which knows nothing of this package still understands it.
      │    └── JournalError               (OSError)          a log cannot be used
      ├── RecordCorruptError            (ValueError)       bytes that are not a record
      ├── ServerUnavailableError        (ConnectionError)  PostgreSQL cannot be asked
+     │    └── SessionAwayError           (ConnectionError)  the one server that may know is out
      ├── RowRefusedError               (ValueError)       PostgreSQL refused this data
      │    └── RowLockedError             (TimeoutError)     somebody holds the row
      ├── NotListableError              (TypeError)        sessions known by their keys only
@@ -63,6 +64,10 @@ class RecordCorruptError(DeferredSessionsError, ValueError):
 
 class ServerUnavailableError(DeferredSessionsError, ConnectionError):
     """The session server cannot be asked now; it says nothing about any session."""
+
+
+class SessionAwayError(ServerUnavailableError):
+    """The session servers that answer do not have the session; one that does not might."""
 
 
 class RowRefusedError(DeferredSessionsError, ValueError):

@@ -16,6 +16,7 @@ from django.db import connections, router, transaction
 from django.utils import timezone
 
 from deferred_sessions.exceptions import NotListableError
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.moves import Moves
 from deferred_sessions.servers.server import SessionServer
 
@@ -33,9 +34,9 @@ class Batch(NamedTuple):
 
 
 class Exporter:
-    """Copies the rows of one session server to the table of Django's `db` engine, or its kin."""
+    """Copies the rows of the session servers to the table of Django's `db` engine, or its kin."""
 
-    def __init__(self, *, server: SessionServer, store: type[SessionBase]) -> None:
+    def __init__(self, *, servers: Fleet, store: type[SessionBase]) -> None:
         """Take the engine that the site is to use.
 
         Raises:
@@ -43,15 +44,14 @@ class Exporter:
         """
         if not hasattr(store, "get_model_class"):
             raise NotListableError(f"{store.__module__} does not keep its sessions in a table.")
-        self._server = server
-        self._moves = Moves(server)
+        self._servers = servers
         self._store: Any = store
         self._model: Any = self._store.get_model_class()
         self._alias: str = router.db_for_write(self._model)
 
     def count(self, now: float, since: float) -> int:
-        """Return how many sessions there are to copy."""
-        return self._moves.count_written(now, since)
+        """Return how many sessions there are to copy, each counted on each of its servers."""
+        return sum(Moves(server).count_written(now, since) for server in self._servers.live())
 
     def copy(self, now: float, since: float, size: int) -> Iterator[Batch]:
         """Copy the live sessions that were written since then, batch by batch.
@@ -59,18 +59,25 @@ class Exporter:
         Raises:
             ServerUnavailableError, RowRefusedError: Batches so far are committed.
         """
-        after = ""
-        while True:
-            batch = self._copy(after, now, since, size)
-            if not batch.keys:
-                return
-            self._drop_cached(batch.keys)
-            after = batch.keys[-1]
-            yield batch
+        # What PostgreSQL copies by itself may be of a copy; whoever decides comes after it.
+        for server in sorted(self._servers.live(), key=lambda s: not self._is_beside(s)):
+            after = ""
+            while True:
+                batch = self._copy(server, after, now, since, size)
+                if not batch.keys:
+                    break
+                self._drop_cached(batch.keys)
+                after = batch.keys[-1]
+                yield batch
 
     def delete(self) -> int:
         """Delete there what was deleted here in the last day; return how many those were."""
-        keys = sorted(self._moves.gone())
+        keys = sorted(
+            key
+            for server in self._servers.live()
+            for key in Moves(server).gone()
+            if self._servers.at(key) is server
+        )
         rows = self._model.objects.using(self._alias)
         deleted = 0
         for start in range(0, len(keys), 1000):
@@ -79,12 +86,19 @@ class Exporter:
             self._drop_cached(part)
         return deleted
 
-    def _copy(self, after: str, now: float, since: float, size: int) -> Batch:
-        if _place(self._alias) == _place(self._server.alias):
+    def _is_beside(self, server: SessionServer) -> bool:
+        return _place(self._alias) == _place(server.alias)
+
+    def _copy(
+        self, server: SessionServer, after: str, now: float, since: float, size: int
+    ) -> Batch:
+        if self._is_beside(server):
             table: str = self._model._meta.db_table  # noqa: SLF001 - public, whatever its name
-            return Batch(*self._moves.export(table, after, now, since, size))
-        rows = self._moves.written(after, now, since, size)
-        written = self._write([self._row(*row) for row in rows])
+            return Batch(*Moves(server).export(table, after, now, since, size))
+        rows = Moves(server).written(after, now, since, size)
+        written = self._write(
+            [self._row(*row) for row in rows if self._servers.at(row[0]) is server]
+        )
         return Batch([row[0] for row in rows], written)
 
     def _row(self, key: str, data: str, expires_at: float) -> Any:

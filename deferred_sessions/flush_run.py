@@ -30,6 +30,7 @@ from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.outcome import Outcome
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.report import FlushReport
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.rows import Columns
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.stream import StatementStream
@@ -47,6 +48,7 @@ class FlushRun:
         self,
         *,
         store: HostStore,
+        servers: Fleet,
         server: SessionServer,
         writer: RecordWriter,
         counters: Counters,
@@ -55,6 +57,8 @@ class FlushRun:
     ) -> None:
         self.report = FlushReport(at=now)
         self._store = store
+        self._servers = servers
+        self._shape = servers.shape()
         self._server = server
         self._writer = writer
         self._counters = counters
@@ -127,9 +131,17 @@ class FlushRun:
         return before, was_taken
 
     def _mark(self, batch: Sequence[Dirty]) -> None:
-        if batch:
-            self._writer.mark_written(batch, self._now)
-            self.report = replace(self.report, updated=self.report.updated + len(batch))
+        if not batch:
+            return
+        if self._servers.shape() != self._shape:  # another server may have to have it
+            self._write(batch)
+            return
+        missed = self._writer.mark_written(batch, self._now)
+        self.report = replace(
+            self.report,
+            updated=self.report.updated + len(batch) - missed,
+            incomplete=self.report.incomplete + missed,
+        )
 
     # The careful way
 
@@ -192,7 +204,8 @@ class FlushRun:
         self._store.update_many(dict.fromkeys(keys, partial(_later, due_at)))
 
     def _fail(self, error: ServerUnavailableError) -> None:
-        self.report = replace(self.report, failure=str(error))
+        where = "" if self._servers.only is not None else f"{self._server.alias}: "
+        self.report = replace(self.report, failure=f"{where}{error}")
 
     def _add(self, outcome: Outcome) -> None:
         report = self.report
@@ -207,6 +220,7 @@ class FlushRun:
             superseded=report.superseded + len(outcome.superseded),
             fenced=report.fenced + len(outcome.fenced) + len(outcome.moved),
             outdated=report.outdated + len(outcome.outdated),
+            incomplete=report.incomplete + len(outcome.incomplete),
         )
 
 

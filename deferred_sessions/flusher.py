@@ -19,7 +19,9 @@ from dataclasses import asdict, replace
 from typing import Final
 
 from deferred_sessions.exceptions import ServerUnavailableError, StoreError
+from deferred_sessions.fleet_revocations import FleetRevocations
 from deferred_sessions.flush_run import FlushRun
+from deferred_sessions.flush_runs import FlushRuns
 from deferred_sessions.journal_keeper import JournalKeeper
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.locks import ProcessLock
@@ -28,7 +30,7 @@ from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import NEVER, Policy
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.report import POLLER, FlushReport
-from deferred_sessions.revocations import Revocations
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.moves import Moves
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.signals import session_flushed
@@ -47,17 +49,17 @@ class Flusher:
         self,
         *,
         store: HostStore,
-        server: SessionServer,
+        servers: Fleet,
         writer: RecordWriter,
         counters: Counters,
         policy: Policy,
-        revocations: Revocations,
+        revocations: FleetRevocations,
         batch_size: int,
         journal_age: float,
         adopted_for: float,
     ) -> None:
         self._store = store
-        self._server = server
+        self._servers = servers
         self._writer = writer
         self._counters = counters
         self._policy = policy
@@ -108,12 +110,8 @@ class Flusher:
         Inside a transaction of the application they are written in that, and stay dirty.
         Never raises for PostgreSQL; the report says what became of them.
         """
-        dirty = self._store.find_dirty(keys)
-        run = self._run(now)
-        if dirty:
-            with self._server.visit():
-                run.take(sorted(dirty))
-        return replace(run.report, by="request")
+        report = self._runs(now).write(sorted(self._store.find_dirty(keys)))
+        return replace(report, at=now, by="request")
 
     def flush_due(self, keys: Sequence[str], now: float) -> None:
         """Write those of `keys` that are due, at the end of a request.
@@ -122,13 +120,11 @@ class Flusher:
         """
         due = [dirty for dirty in self._store.find_dirty(keys) if dirty.head.due_at <= now]
         if due:
-            run = self._run(now)
-            with self._server.visit():
-                run.take(due)
-            if run.report.failure:
+            report = self._runs(now).write(due)
+            if report.failure:
                 logger.warning(
                     "The flush at the end of a request failed: %s",
-                    run.report.failure,
+                    report.failure,
                     extra={"action": "flush_failed"},
                 )
 
@@ -148,9 +144,11 @@ class Flusher:
             if report.failure:
                 raise ServerUnavailableError(report.failure)
             self._forget_expired(now)
-        self._server.clear_expired(now, spare=self._alive_in_memory(now), is_node=is_node)
+        spare = self._alive_in_memory(now)
+        for server in self._servers.live():
+            server.clear_expired(now, spare=spare, is_node=is_node)
+            Moves(server).prune_adopted(now - self._adopted_for)
         self._revocations.prune(now)
-        Moves(self._server).prune_adopted(now - self._adopted_for)
 
     def last_report(self) -> FlushReport | None:
         """Return the report of the last run on this node, by any process, or None."""
@@ -165,20 +163,7 @@ class Flusher:
         return 0.0 if last is None else last.polled_at
 
     def _flush(self, now: float, horizon: float) -> FlushReport:
-        run = self._run(now)
-        batches = self._batches(horizon)
-        batch = next(batches, None)
-        if batch is not None:
-            run.start_streaming()
-        try:
-            while batch is not None and not run.report.failure:
-                run.take(batch)
-                batch = next(batches, None)
-            run.finish()
-        except BaseException:
-            run.abandon()
-            raise
-        return run.report
+        return replace(self._runs(now).stream(self._batches(horizon)), at=now)
 
     def _horizon(self, now: float, *, everything: bool) -> float:
         """Return up to which due time to write.
@@ -230,15 +215,19 @@ class Flusher:
             after = max(dirty.entry for dirty in batch)
             yield batch
 
-    def _run(self, now: float) -> FlushRun:
-        return FlushRun(
-            store=self._store,
-            server=self._server,
-            writer=self._writer,
-            counters=self._counters,
-            retry_locked_after=self._policy.interval,
-            now=now,
-        )
+    def _runs(self, now: float) -> FlushRuns:
+        def run(server: SessionServer) -> FlushRun:
+            return FlushRun(
+                store=self._store,
+                servers=self._servers,
+                server=server,
+                writer=self._writer,
+                counters=self._counters,
+                retry_locked_after=self._policy.interval,
+                now=now,
+            )
+
+        return FlushRuns(self._servers, run)
 
     def _announce(self, report: FlushReport) -> None:
         if report.failure:

@@ -25,8 +25,8 @@ from deferred_sessions.memory.claims import Claim, Claims
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
-from deferred_sessions.servers.leases import Leases
-from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.servers.fleet import Fleet
+from deferred_sessions.servers.fleet_leases import FleetLeases
 from deferred_sessions.writer import RecordWriter
 
 HOLD: Final = 0.01  # seconds that a session stays at least: who has it shall get to use it
@@ -41,15 +41,15 @@ class Handover:
         self,
         *,
         store: HostStore,
-        server: SessionServer,
-        leases: Leases,
+        servers: Fleet,
+        leases: FleetLeases,
         claims: Claims,
         writer: RecordWriter,
         counters: Counters,
         pulse: Pulse,
     ) -> None:
         self._store = store
-        self._server = server
+        self._servers = servers
         self._leases = leases
         self._claims = claims
         self._writer = writer
@@ -142,13 +142,18 @@ class Handover:
         dirty = self._store.find_dirty(sorted(leases))
         if not dirty:
             return leases
-        try:
-            self._writer.write(dirty, now)
-        except RowRefusedError:
-            unlocked = self._server.unlocked([one.key for one in dirty])
-            for one in dirty if len(dirty) > 1 else ():
-                if one.key in unlocked:
-                    self._flushed({one.key: 0}, now)
+        parts = self._servers.by_authority(dirty, lambda one: one.key)
+        for server, part in parts:
+            try:
+                self._writer.write(part, now)
+            except RowRefusedError:
+                unlocked = server.unlocked([one.key for one in part])
+                for one in part if len(part) > 1 else ():
+                    if one.key in unlocked:
+                        self._flushed({one.key: 0}, now)
+            except ServerUnavailableError:
+                if len(parts) == 1:
+                    raise
         return leases  # what is dirty still stays where it is
 
     def _insist(

@@ -25,8 +25,8 @@ from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.record import RECOVERED, SHUT, SessionRecord
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.rows import Row
-from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.stand_in import StandIn
 from deferred_sessions.writer import RecordWriter
 
@@ -52,7 +52,7 @@ class Intake:
         self,
         *,
         store: HostStore,
-        server: SessionServer,
+        servers: Fleet,
         encoder: RowEncoder,
         acquisition: Acquisition,
         stand_in: StandIn,
@@ -61,7 +61,7 @@ class Intake:
         adoption: Adoption | None,
     ) -> None:
         self._store = store
-        self._server = server
+        self._servers = servers
         self._encoder = encoder
         self._acquisition = acquisition
         self._stand_in = stand_in
@@ -129,7 +129,7 @@ class Intake:
         While PostgreSQL is away, it is all there is.
         """
         try:
-            with self._server.outside():
+            with self._servers.outside():
                 self._writer.write([Dirty.of(known)], now)
         except ServerUnavailableError:
             return Found(known, is_kept=True), True
@@ -152,6 +152,15 @@ class Intake:
             return found, False
         return Found(kept, is_kept=True), True
 
+    def exists(self, key: str, now: float) -> bool:
+        """Tell whether PostgreSQL has a live session of this `key`.
+
+        Raises:
+            ServerUnavailableError: Nothing is known about the session.
+        """
+        self._acquisition.find(key)
+        return self._servers.retried(key, lambda server: server.exists(key, now))
+
     def leased(self, key: str) -> Row | None:
         """Return the row of `key`, whose lease this node has; None if there is none.
 
@@ -166,13 +175,15 @@ class Intake:
         A lease is never taken within a transaction of the application, which may roll back,
         but beside it; what that transaction has done to the row is for itself alone.
         """
-        if not self._server.in_transaction():
+        server = self._servers.at(key)
+        if not server.in_transaction():
             return self._acquisition.take(key)
-        row = self._server.read(key)
-        if row is None or not row.is_settled or row.owner == self._server.owner():
+        self._acquisition.find(key)
+        row = server.read(key)
+        if row is None or not row.is_settled or row.owner == server.owner():
             return row
         try:
-            with self._server.apart():
+            with server.apart():
                 leased = self._acquisition.take(key)
         except RowLockedError:  # most likely by that transaction
             return row._replace(is_settled=False)
@@ -190,7 +201,7 @@ class Intake:
         version, fence = (0, known.fence) if row is None else (row.version, row.fence)
         confirm = partial(lifecycle.confirmed, row_version=version, fence=fence, now=entered_at)
         if confirm(known) is None and known.is_changed:
-            with self._server.outside():
+            with self._servers.outside():
                 self._writer.write([Dirty.of(known)], now)  # refused, stored, and forgotten
             return False
         after = self._store.update(

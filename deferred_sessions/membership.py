@@ -23,6 +23,7 @@ from deferred_sessions.servers.server import SessionServer
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL: Final = 60.0  # seconds between messages about the same other node
+VIEW: Final = "view"  # the trait that tells how a node sees the session servers
 
 
 class Watched(NamedTuple):
@@ -45,13 +46,17 @@ class Membership:
         timeout: float,
         traits: Mapping[str, Sequence[str]],
         clock: Callable[[], float],
+        settled_on: Callable[[], str] = str,
     ) -> None:
         self._leases = leases
-        self._server = server
+        self.server = server
         self._pulse = pulse
         self._timeout = timeout
         self._traits = traits
         self._clock = clock
+        self._settled_on = settled_on
+        self.others: list[Beat] | None = None
+        """The other nodes that were alive at the last heartbeat; None if that was in vain."""
         self._watched: dict[str, Watched] = {}
         self._last: float | None = None
         self._logged: dict[str, float] = {}
@@ -63,12 +68,13 @@ class Membership:
             ServerUnavailableError: Nobody was told, and nobody is found dead for a while.
         """
         word = "beat" if self._last is not None else "join"
+        self.others = None
         beats = self._beat(word, now)
         moment = self._clock()
         if self._last is None or moment - self._last > self._timeout / 2:
             self._watched.clear()  # who knows what they did meanwhile
         self._last = moment
-        others = [beat for beat in beats if beat.node != self._server.owner()]
+        self.others = others = [beat for beat in beats if beat.node != self.server.owner()]
         self._compare(others, moment)
         return self._bury(others, moment)
 
@@ -79,29 +85,46 @@ class Membership:
             ServerUnavailableError, RowRefusedError: Nobody knows; as in any outage.
         """
         if self._pulse.is_late(self._clock()):
-            self._beat("beat", now)
+            self.say_so(now)
+
+    def say_so(self, now: float) -> None:
+        """Beat, and look after nobody; to be called outside of transactions."""
+        self._beat("beat", now)
 
     def _beat(self, word: str, now: float) -> list[Beat]:
         """Beat; if somebody has found this node dead, take note of it and revive."""
         began = self._clock()
         traits = {trait: values[0] for trait, values in self._traits.items()}
+        if view := self._settled_on():
+            traits[VIEW] = view
         try:
             self._pulse.watch_clock(now)
             beats = self._leases.beat(traits, word)
-            me = next((beat for beat in beats if beat.node == self._server.owner()), None)
+            me = next((beat for beat in beats if beat.node == self.server.owner()), None)
             if me is not None and me.is_dead:
                 logger.warning(
                     "This node was not heard of for too long, and others may have taken over its "
                     "sessions: each is confirmed before it is used again.",
                     extra={"action": "node_revived"},
                 )
-                self._pulse.suspect_all()  # others may take a lease until the very moment of that
-                beats = self._leases.beat(traits, "revive")
-                self._pulse.suspect(now)
-            elif self._pulse.suspects_all:  # whoever revived the node died before it could say so
-                self._pulse.suspect(now)
+                beats = self._revive(traits, now)
+            elif self._pulse.suspects_all and not self._pulse.reviving:
+                self._pulse.suspect(now)  # whoever revived the node died before it could say so
         finally:
             self._pulse.beat(began)
+        return beats
+
+    def _revive(self, traits: Mapping[str, str], now: float) -> list[Beat]:
+        """Have the others take this node for alive again, once nothing is taken for certain."""
+        alias = self.server.alias
+        self._pulse.reviving.add(alias)
+        try:
+            self._pulse.suspect_all()  # others may take a lease until the very moment of that
+            beats = self._leases.beat(traits, "revive")
+        finally:
+            self._pulse.reviving.discard(alias)
+        if not self._pulse.reviving:
+            self._pulse.suspect(now)
         return beats
 
     def _bury(self, others: list[Beat], moment: float) -> list[str]:
@@ -125,7 +148,7 @@ class Membership:
 
     def _compare(self, others: list[Beat], moment: float) -> None:
         """Tell of nodes that cannot read what this one writes, or that have its name."""
-        name = self._server.owner().partition("#")[0]
+        name = self.server.owner().partition("#")[0]
         for other in others:
             theirs = other.node.partition("#")[0]
             if theirs == name:

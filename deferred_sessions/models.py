@@ -79,6 +79,22 @@ class SessionManager(BaseSessionManager.from_queryset(SessionQuerySet)):  # type
         sessions: SessionQuerySet = super().get_queryset()
         return sessions if self._db else sessions.using(get_runtime().server.alias)
 
+    def of_user(self, user: Any) -> list[Session]:
+        """Return the live sessions of `user`, on whichever session server they are.
+
+        What `for_user` is for a single server.
+
+        Raises:
+            ServerUnavailableError: A server is away that is not known to be out.
+        """
+        fleet = get_runtime().fleet
+        return [
+            session
+            for server in fleet.live()
+            for session in self.using(server.alias).for_user(user)
+            if fleet.at(session.pk) is server
+        ]
+
     def revoke_all(self, user: Any, keep: str | None = None) -> int:
         """Log `user` out everywhere, but for the session of the key `keep`; return how often.
 
@@ -89,10 +105,12 @@ class SessionManager(BaseSessionManager.from_queryset(SessionQuerySet)):  # type
         Raises:
             ServerUnavailableError: PostgreSQL is away, so nobody knows which they are.
         """
-        sessions: SessionQuerySet = self.for_user(user)
-        if keep is not None:
-            sessions = sessions.exclude(pk=keep)
-        return sessions.revoke()
+        keys = {
+            key
+            for server in get_runtime().fleet.live()
+            for key in self.using(server.alias).for_user(user).values_list("pk", flat=True)
+        }
+        return end_sessions(sorted(keys - {keep}), time.time())
 
 
 class Session(AbstractBaseSession):

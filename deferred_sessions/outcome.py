@@ -7,7 +7,7 @@ up in exactly one of the lists, so that none is forgotten.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 from deferred_sessions import lifecycle
@@ -38,6 +38,21 @@ class Outcome:
     """The same, but with nothing that PostgreSQL lacks."""
     outdated: list[Dirty] = field(default_factory=list)
     """Older in PostgreSQL than it had confirmed; to be written again in full."""
+    incomplete: list[Dirty] = field(default_factory=list)
+    """Written, but some further home does not have it yet; to be written again at once."""
+
+    def miss(self, keys: Collection[str]) -> None:
+        """Take note that some further home lacks what was written of these."""
+        for name in ("inserted", "updated", "touched", "deleted"):
+            taken: Sequence[Dirty] = getattr(self, name)
+            self.incomplete += [dirty for dirty in taken if dirty.key in keys]
+            setattr(self, name, [dirty for dirty in taken if dirty.key not in keys])
+        self.incomplete += [dirty for dirty, *_ in self.repeated if dirty.key in keys]
+        self.repeated = [found for found in self.repeated if found[0].key not in keys]
+
+    def with_others(self, other: Outcome) -> Outcome:
+        """Return these records and those of another server."""
+        return Outcome(*([*getattr(self, f.name), *getattr(other, f.name)] for f in fields(self)))
 
     @property
     def written(self) -> list[Dirty]:
@@ -66,6 +81,8 @@ class Outcome:
             marks[dirty.key] = partial(_superseded, dirty.head.version)
         for dirty in self.outdated:
             marks[dirty.key] = partial(_outdated, now)
+        for dirty in self.incomplete:
+            marks[dirty.key] = partial(_due_now, now)
         return marks
 
 
@@ -86,6 +103,10 @@ def _superseded(version: int, record: SessionRecord | None) -> SessionRecord | N
     if record is None or record.is_tombstone or record.version > version:
         return record
     return None
+
+
+def _due_now(now: float, record: SessionRecord | None) -> SessionRecord | None:
+    return record and lifecycle.due_again(record, due_at=now)
 
 
 def _outdated(now: float, record: SessionRecord | None) -> SessionRecord | None:

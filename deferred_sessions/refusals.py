@@ -16,7 +16,7 @@ from deferred_sessions.exceptions import RecordCorruptError
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.payload import Codec
-from deferred_sessions.servers.leases import Leases
+from deferred_sessions.servers.fleet_leases import FleetLeases
 from deferred_sessions.servers.rows import Refusal, State
 from deferred_sessions.signals import session_fenced
 
@@ -27,7 +27,7 @@ class Refusals:
     """Keeps refused writes in PostgreSQL, and tells of them."""
 
     def __init__(
-        self, leases: Leases, encoder: RowEncoder, codec: Codec, counters: Counters
+        self, leases: FleetLeases, encoder: RowEncoder, codec: Codec, counters: Counters
     ) -> None:
         self._leases = leases
         self._encoder = encoder

@@ -39,6 +39,8 @@ class FlushReport:
     """Refused, because the session has passed to another node; changes are kept for inspection."""
     outdated: int = 0
     """Found older in PostgreSQL than it had confirmed; written at the next run."""
+    incomplete: int = 0
+    """Written, but not to all copies; written again at the next run."""
     locked: int = 0
     """Put off, because a transaction of the application holds the row."""
     set_aside: int = 0

@@ -23,6 +23,7 @@ from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import SessionRecord
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.rows import Revocation
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.signals import session_revoked
@@ -44,12 +45,20 @@ class Position(NamedTuple):
 
 
 class Revocations:
-    """Carries deletions and changes of rows into memory."""
+    """Carries deletions and changes of the rows of one session server into memory."""
 
     def __init__(
-        self, *, store: HostStore, server: SessionServer, counters: Counters, policy: Policy
+        self,
+        *,
+        store: HostStore,
+        servers: Fleet,
+        server: SessionServer,
+        counters: Counters,
+        policy: Policy,
     ) -> None:
         self._store = store
+        self._servers = servers
+        self._note = NOTE if servers.only is not None else f"{NOTE}:{server.alias}"
         self._server = server
         self._counters = counters
         self._policy = policy
@@ -76,10 +85,11 @@ class Revocations:
             new = [row for row in found.rows if row.number not in self._seen]
             theirs = [row for row in new if row.node != self._server.owner()]
             concerned = self._act_on(theirs, now) if theirs else 0
+            self._delete_everywhere([row for row in theirs if row.key and not row.node], now)
         self._seen = {row.number for row in found.rows if row.transaction >= found.horizon}
         position = Position(found.server, found.horizon, now)
         if concerned or known[:2] != position[:2]:
-            self._store.set_note(NOTE, json.dumps(position).encode())
+            self._store.set_note(self._note, json.dumps(position).encode())
         return concerned
 
     def prune(self, now: float) -> None:
@@ -87,7 +97,7 @@ class Revocations:
         self._server.prune_revocations(now - lifecycle.REMEMBERED)
 
     def _position(self) -> Position:
-        note = self._store.note(NOTE)
+        note = self._store.note(self._note)
         return Position("", 0, 0.0) if note is None else Position(*json.loads(note))
 
     def _verify(self, now: float) -> int:
@@ -97,7 +107,11 @@ class Revocations:
         memory may then be the only place that has the session, and writes it again.
         """
         self._store.count_removal()
-        stored = {r.key: r.stored_version for r in self._store.scan() if r.stored_version}
+        stored = {
+            record.key: record.stored_version
+            for record in self._store.scan()
+            if record.stored_version and self._decides(record.key)
+        }
         concerned: list[str] = []
         for part in _parts(list(stored)):
             versions = self._server.versions(part)
@@ -128,10 +142,13 @@ class Revocations:
             known = [
                 record.key
                 for record in self._store.scan()
-                if record.stored_version or record.created_at < truncated_at or record.key in named
+                if self._decides(record.key)
+                and (
+                    record.stored_version or record.created_at < truncated_at or record.key in named
+                )
             ]
         else:
-            known = [key for key in named if self._store.head(key)]
+            known = [key for key in named if self._store.head(key) and self._decides(key)]
         concerned: list[str] = []
         for part in _parts(known):
             versions = self._server.versions(part)
@@ -148,12 +165,32 @@ class Revocations:
             session_revoked.send_robust(sender=Revocations, session_keys=concerned)
         return len(concerned)
 
+    def _delete_everywhere(self, foreign: Sequence[Revocation], now: float) -> None:
+        """Delete what nobody of us deleted here, a home of it, at its other homes as well."""
+        if self._servers.only is not None:
+            return
+        keys = [row.key for row in foreign if row.key and self._is_home(row.key)]
+        there = self._server.versions(keys) if keys else {}
+        for key in keys:
+            if key not in there:  # else it was changed
+                self._catch_up(key, None, now, is_revoked=True)
+                for home in self._servers.homes(key):
+                    if home is not self._server:
+                        home.delete([key])
+
+    def _is_home(self, key: str) -> bool:
+        return self._server in self._servers.homes(key)
+
+    def _decides(self, key: str) -> bool:
+        """Tell whether what happens here to `key` counts."""
+        return self._servers.at(key) is self._server
+
     def _catch_up(self, key: str, version: int | None, now: float, *, is_revoked: bool) -> bool:
         """Make of the record of `key` what its row says; return whether that changed it."""
         if version is not None:
             before, after = self._store.update(key, partial(_compared, version, now))
         elif is_revoked:
-            before, after = self._store.bury(key, partial(_ended, key, self._policy, now))
+            before, after = self._store.bury(key, partial(ended, key, self._policy, now))
         else:
             before, after = self._store.bury(key, partial(_missed, key, self._policy, now))
         return before is not after
@@ -163,7 +200,7 @@ def _parts(keys: Sequence[str]) -> Iterator[Sequence[str]]:
     return (keys[start : start + PART] for start in range(0, len(keys), PART))
 
 
-def _ended(
+def ended(
     key: str, policy: Policy, now: float, record: SessionRecord | None
 ) -> SessionRecord | None:
     """Return the tombstone of a session whose row is gone."""
@@ -180,7 +217,7 @@ def _missed(
         return record
     if lifecycle.is_remembered(record, now=now):
         return lifecycle.unstored(record, now=now)
-    return _ended(key, policy, now, record)
+    return ended(key, policy, now, record)
 
 
 def _compared(version: int, now: float, record: SessionRecord | None) -> SessionRecord | None:

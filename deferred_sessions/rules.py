@@ -129,5 +129,9 @@ RULES: Final[Mapping[str, tuple[Any, str]]] = {
         is_servers,
         "a list of different database aliases, such as ['default'], or a dictionary with weights",
     ),
+    "SERVER_TIMEOUT": (
+        lambda value: value is None or (_is_number(value) and 0 < value <= MAX_INTERVAL),
+        "None or a positive number of seconds, such as 5.0",
+    ),
     "COPIES": (lambda value: _is_whole(value, 1), "a whole number of copies, 1 or more"),
 }

@@ -11,11 +11,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
-from pathlib import Path
 from typing import Final
 
-from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 from deferred_sessions.acquisition import Acquisition
@@ -44,10 +41,11 @@ from deferred_sessions.conf import (
 from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exporting import Exporter
 from deferred_sessions.figures import FiguresReader
+from deferred_sessions.fleet_membership import FleetMembership
+from deferred_sessions.fleet_revocations import FleetRevocations
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.handover import Handover
 from deferred_sessions.intake import Intake
-from deferred_sessions.membership import Membership
 from deferred_sessions.memory.cache import SessionCache
 from deferred_sessions.memory.claims import Claims
 from deferred_sessions.memory.counters import Counter, Counters
@@ -63,10 +61,14 @@ from deferred_sessions.overlap import Overlap
 from deferred_sessions.payload import Codec, Serializer, Snapshot, codec_for
 from deferred_sessions.refusals import Refusals
 from deferred_sessions.request_end import RequestEnd
-from deferred_sessions.revocations import Revocations
-from deferred_sessions.servers.leases import Leases
+from deferred_sessions.servers.copies import Copies
+from deferred_sessions.servers.fleet import Fleet
+from deferred_sessions.servers.fleet_leases import FleetLeases
+from deferred_sessions.servers.resync import Resync
 from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.session_servers import build_session_servers
 from deferred_sessions.stand_in import StandIn
+from deferred_sessions.succession import Succession
 from deferred_sessions.tiers import Tiers
 from deferred_sessions.write_through import WriteThrough
 from deferred_sessions.writer import RecordWriter
@@ -96,16 +98,20 @@ class Runtime:
     claims: Claims
     busy: Busy
     store: HostStore
+    fleet: Fleet
     server: SessionServer
+    """The first of the fleet."""
     codec: Codec
     overlap: Overlap
     cache: SessionCache[Snapshot]
     counters: Counters
     tiers: Tiers
     flusher: Flusher
-    revocations: Revocations
-    leases: Leases
-    membership: Membership
+    revocations: FleetRevocations
+    leases: FleetLeases
+    membership: FleetMembership
+    succession: Succession
+    resync: Resync
     handover: Handover
     pulse: Pulse
     agent: Agent
@@ -151,12 +157,8 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     """Wire the parts for these settings; does no I/O.
 
     Raises:
-        ImproperlyConfigured: Several session servers, or copies, are wanted.
+        ImproperlyConfigured: There are fewer servers than copies.
     """
-    if len(settings.servers) > 1 or settings.copies > 1:
-        raise ImproperlyConfigured(
-            "DEFERRED_SESSIONS wants several SERVERS or COPIES, of which this version can use one."
-        )
     directory = settings.directory or default_directory(identity)
     policy = settings.policy
     size = settings.store_size
@@ -176,33 +178,31 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     cache: SessionCache[Snapshot] = SessionCache(settings.cache_size)
     counters = Counters(directory)
     store.on_evicted = partial(counters.add, Counter.EVICTIONS)
-    name = settings.node or _default_name(directory)
-    server = SessionServer(settings.server, owner=partial(_owner, name, store))
-    leases = Leases(server)
     pulse = Pulse(directory, patience=settings.node_timeout / 2)
+    servers = build_session_servers(
+        settings,
+        store=store,
+        pulse=pulse,
+        counters=counters,
+        traits=traits(),
+    )
+    fleet, leases = servers.fleet, servers.leases
     claims = Claims(directory)
     claims.on_waited = partial(_count_wait, counters)
     encoder = RowEncoder()
     refusals = Refusals(leases, encoder, codec, counters)
     writer = RecordWriter(
         store=store,
-        server=server,
+        servers=fleet,
+        copies=servers.copies,
         encoder=encoder,
         refusals=refusals,
         counters=counters,
         policy=policy,
     )
-    membership = Membership(
-        leases=leases,
-        server=server,
-        pulse=pulse,
-        timeout=settings.node_timeout,
-        traits=traits(),
-        clock=moment,
-    )
     handover = Handover(
         store=store,
-        server=server,
+        servers=fleet,
         leases=leases,
         claims=claims,
         writer=writer,
@@ -221,15 +221,15 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     )
     adoption = None
     if settings.import_engine is not None:
-        adoption = _adoption(settings.import_engine, server, codec, encoder)
+        adoption = _adoption(settings.import_engine, fleet, servers.copies, codec, encoder)
     intake = Intake(
         store=store,
-        server=server,
+        servers=fleet,
         encoder=encoder,
         acquisition=acquisition,
         stand_in=StandIn(
-            server=server,
-            membership=membership,
+            servers=fleet,
+            membership=servers.membership,
             handover=handover,
             pulse=pulse,
             lock=ProcessLock(directory / "stand_in.lock"),
@@ -239,14 +239,13 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         writer=writer,
         adoption=adoption,
     )
-    revocations = Revocations(store=store, server=server, counters=counters, policy=policy)
     flusher = Flusher(
         store=store,
-        server=server,
+        servers=fleet,
         writer=writer,
         counters=counters,
         policy=policy,
-        revocations=revocations,
+        revocations=servers.revocations,
         batch_size=settings.batch_size,
         journal_age=settings.journal_age,
         adopted_for=longest_life() + DAY,
@@ -259,18 +258,27 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         interval=policy.interval,
         node=os.uname().nodename,
     )
+    succession = Succession(
+        store=store,
+        servers=fleet,
+        membership=servers.membership,
+        flusher=flusher,
+        pulse=pulse,
+        policy=policy,
+        clock=moment,
+    )
+    resync = Resync(fleet)
     agent = Agent(
         store=store,
-        server=server,
+        servers=servers,
+        succession=succession,
+        resync=resync.resync_once,
         flusher=flusher,
-        revocations=revocations,
-        membership=membership,
         handover=handover,
         pulse=pulse,
         figures=figures,
         policy=policy,
         heartbeat=settings.heartbeat_interval,
-        listen=settings.listen or settings.server,
     )
     return Runtime(
         settings=settings,
@@ -284,7 +292,8 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             timeout=settings.lock_timeout,
         ),
         store=store,
-        server=server,
+        fleet=fleet,
+        server=fleet.first,
         codec=codec,
         overlap=Overlap(
             codec=codec, counters=counters, is_merging=settings.locking != "last-write-wins"
@@ -292,9 +301,11 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         cache=cache,
         counters=counters,
         flusher=flusher,
-        revocations=revocations,
+        revocations=servers.revocations,
         leases=leases,
-        membership=membership,
+        membership=servers.membership,
+        succession=succession,
+        resync=resync,
         handover=handover,
         pulse=pulse,
         agent=agent,
@@ -303,20 +314,22 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             pulse=pulse,
             cache=cache,
             codec=codec,
-            server=server,
+            servers=fleet,
             intake=intake,
             bypass=Bypass(
                 store=store,
-                server=server,
+                servers=fleet,
                 intake=intake,
                 writer=writer,
+                copies=servers.copies,
                 counters=counters,
                 policy=policy,
             ),
             write_through=WriteThrough(
                 store=store,
-                server=server,
+                servers=fleet,
                 writer=writer,
+                copies=servers.copies,
                 counters=counters,
                 policy=policy,
                 create_when_down=settings.create_when_down,
@@ -334,7 +347,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
             flush=settings.flush_at_request_end,
         ),
         statistics=figures,
-        condition=ConditionReader(store=store, server=server, flusher=flusher, policy=policy),
+        condition=ConditionReader(store=store, servers=fleet, flusher=flusher, policy=policy),
         node_cookie=_node_cookie(settings),
         site=site,
     )
@@ -355,7 +368,7 @@ def build_adoption(engine: str) -> Adoption:
         ImproperlyConfigured: There is no such engine.
     """
     runtime = get_runtime()
-    return _adoption(engine, runtime.server, runtime.codec, RowEncoder())
+    return _adoption(engine, runtime.fleet, Copies(runtime.fleet), runtime.codec, RowEncoder())
 
 
 def build_exporter(engine: str) -> Exporter:
@@ -365,29 +378,20 @@ def build_exporter(engine: str) -> Exporter:
         ImproperlyConfigured: There is no such engine.
         NotListableError: It has no table.
     """
-    return Exporter(server=get_runtime().server, store=session_store(engine))
+    return Exporter(servers=get_runtime().fleet, store=session_store(engine))
 
 
-def _adoption(engine: str, server: SessionServer, codec: Codec, encoder: RowEncoder) -> Adoption:
+def _adoption(
+    engine: str, fleet: Fleet, copies: Copies, codec: Codec, encoder: RowEncoder
+) -> Adoption:
     store = old_engine(session_store(engine))
-    return Adoption(engine=store, server=server, codec=codec, encoder=encoder)
-
-
-def _default_name(directory: Path) -> str:
-    """Return the name of the host, and of its store if there could be others."""
-    digest = blake2b(str(directory).encode(), digest_size=3).hexdigest()
-    return f"{os.uname().nodename[:40]}:{digest}"
+    return Adoption(engine=store, servers=fleet, copies=copies, codec=codec, encoder=encoder)
 
 
 def _node_cookie(settings: Settings) -> NodeCookie | None:
     if settings.node_cookie is None or settings.node is None:
         return None
     return NodeCookie(settings.node_cookie, settings.node, cookie_attributes)
-
-
-def _owner(name: str, store: HostStore) -> str:
-    """Return the name of this node and the incarnation of its store."""
-    return f"{name}#{store.incarnation()}"
 
 
 def _on_setting_changed(*, setting: str, **_: object) -> None:

@@ -12,11 +12,11 @@ from contextlib import suppress
 from typing import Final
 
 from deferred_sessions.exceptions import DeferredSessionsError
+from deferred_sessions.fleet_membership import FleetMembership
 from deferred_sessions.handover import Handover
-from deferred_sessions.membership import Membership
 from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.memory.pulse import Pulse, moment
-from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.servers.fleet import Fleet
 
 PAUSE: Final = 0.001  # seconds between looks at what another request finds out
 
@@ -27,14 +27,14 @@ class StandIn:
     def __init__(
         self,
         *,
-        server: SessionServer,
-        membership: Membership,
+        servers: Fleet,
+        membership: FleetMembership,
         handover: Handover,
         pulse: Pulse,
         lock: ProcessLock,
         agent: ProcessLock,
     ) -> None:
-        self._server = server
+        self._servers = servers
         self._membership = membership
         self._handover = handover
         self._pulse = pulse
@@ -60,7 +60,7 @@ class StandIn:
         return None
 
     def _ask(self, now: float) -> None:
-        with suppress(DeferredSessionsError), self._server.outside():
+        with suppress(DeferredSessionsError), self._servers.outside():
             self._membership.check_in(now)
             with self._agent.held(wait=False) as is_alone:
                 if is_alone:

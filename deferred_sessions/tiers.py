@@ -32,7 +32,7 @@ from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import CLOSED, RECOVERED, SHUT, TOMBSTONE, SessionRecord
 from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on
-from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.write_through import WriteThrough
 
 UNKNOWN: Final = (0, 0.0)  # the version and entry of no record
@@ -49,7 +49,7 @@ class Tiers:
         pulse: Pulse,
         cache: SessionCache[Snapshot],
         codec: Codec,
-        server: SessionServer,
+        servers: Fleet,
         intake: Intake,
         bypass: Bypass,
         write_through: WriteThrough,
@@ -62,7 +62,7 @@ class Tiers:
         self._pulse = pulse
         self._cache = cache
         self._codec = codec
-        self._server = server
+        self._servers = servers
         self._intake = intake
         self._bypass = bypass
         self._write_through = write_through
@@ -125,7 +125,7 @@ class Tiers:
         Raises:
             ServerUnavailableError: Nothing is known about the session.
         """
-        if self._server.exists(key, now):
+        if self._intake.exists(key, now):
             return True
         return self._adoption is not None and self.fetch(key, now) is not None
 
@@ -292,7 +292,7 @@ class Tiers:
         try:
             before, _ = self._store.update(key, lambda known: known or record)
         except StoreFullError:
-            if record.is_dirty and not self._server.in_transaction():
+            if record.is_dirty and not self._servers.in_transaction():
                 raise
             before = None  # PostgreSQL has it; the next load finds it there
         self._counters.add(Counter.CREATIONS)

@@ -76,6 +76,26 @@ def server_problems(
         )
 
 
+def fleet_problems(
+    names: tuple[str, ...], databases: Databases, *, has_agent: bool
+) -> Iterator[tuple[str, str, str]]:
+    """Yield what is wrong only where there are several servers, as code, message and hint."""
+    if not has_agent:
+        yield (
+            "E041",
+            "SERVERS names several servers, but AGENT is off.",
+            "Only agents find out that a server is away, and who takes over. Leave AGENT on.",
+        )
+    for name in names:
+        options = databases.get(name, {}).get("OPTIONS", {})
+        if name in databases and "connect_timeout" not in options:
+            yield (
+                "W042",
+                f"DATABASES[{name!r}] has no connect_timeout: who connects waits for minutes.",
+                "Set its OPTIONS to {'connect_timeout': 2}.",
+            )
+
+
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and value != ""
 

@@ -8,6 +8,7 @@ was.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Final
 
 from deferred_sessions import lifecycle
@@ -21,8 +22,12 @@ from deferred_sessions.exceptions import (
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
+from deferred_sessions.outcome import Outcome
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import SessionRecord
+from deferred_sessions.servers.copies import Copies
+from deferred_sessions.servers.fleet import Fleet
+from deferred_sessions.servers.rows import Columns
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.writer import RecordWriter
 
@@ -42,15 +47,17 @@ class WriteThrough:
         self,
         *,
         store: HostStore,
-        server: SessionServer,
+        servers: Fleet,
         writer: RecordWriter,
+        copies: Copies,
         counters: Counters,
         policy: Policy,
         create_when_down: bool,
     ) -> None:
         self._store = store
-        self._server = server
+        self._servers = servers
         self._writer = writer
+        self._copies = copies
         self._counters = counters
         self._policy = policy
         self._create_when_down = create_when_down
@@ -66,7 +73,7 @@ class WriteThrough:
             SessionBusy: The session has passed to another node.
         """
         try:
-            with self._server.attempt():
+            with self._servers.at(record.key).attempt():
                 outcome = self._writer.write_through(record, now)
         except (ServerUnavailableError, RowRefusedError) as error:
             self._store.update(
@@ -86,13 +93,16 @@ class WriteThrough:
             SessionBusy: It has passed to another node.
             ServerUnavailableError, RowRefusedError: Nothing was written.
         """
-        with self._server.attempt():
-            outcome = self._writer.write_through(record, now)
+        outcome = self._servers.retried(record.key, partial(self._persist, record, now))
         if outcome.fenced:
             raise SessionBusy(PASSED_ON)
         if outcome.vanished or outcome.superseded:
             raise SessionDeletedError("The session was deleted or replaced in PostgreSQL.")
         self._counters.add(Counter.WRITES_THROUGH)
+
+    def _persist(self, record: SessionRecord, now: float, server: SessionServer) -> Outcome:
+        with server.attempt():
+            return self._writer.write_through(record, now)
 
     def insert(self, record: SessionRecord, now: float) -> SessionRecord | None:
         """Insert a new session; None if its key is taken.
@@ -104,9 +114,9 @@ class WriteThrough:
             ServerUnavailableError, RowLockedError: Away, and `CREATE_WHEN_DOWN` is off.
             RowRefusedError: PostgreSQL does not want this data.
         """
+        columns = self._writer.columns([Dirty.of(record)])
         try:
-            with self._server.attempt():
-                inserted = self._server.insert(self._writer.columns([Dirty.of(record)]), now)
+            inserted = self._inserted(columns, now)
         except (ServerUnavailableError, RowLockedError) as error:
             if not self._create_when_down:
                 raise
@@ -116,8 +126,10 @@ class WriteThrough:
             return None
         self._counters.add(Counter.ROWS_WRITTEN)
         self._counters.add(Counter.STATEMENTS)
-        if self._server.in_transaction():
+        if self._servers.in_transaction():
             return record
+        if self._copies.write(columns, now):
+            return lifecycle.due_again(record._replace(stored_version=record.version), due_at=now)
         return lifecycle.written(
             record,
             version=record.version,
@@ -132,18 +144,33 @@ class WriteThrough:
         Raises nothing: what is not certain has to be remembered.
         """
         try:
-            with self._server.attempt():
-                deleted = self._server.delete([key])
+            server = self._servers.at(key)
+            with server.attempt():
+                deleted = server.delete([key])
         except (ServerUnavailableError, RowRefusedError) as error:
             self._log_postponed(error, now)
             return False
-        if self._server.in_transaction():
+        if self._servers.in_transaction():
             return False
+        is_everywhere = not self._copies.delete([key])
         if deleted:
             self._counters.add(Counter.ROWS_WRITTEN)
             self._counters.add(Counter.STATEMENTS)
             self._store.count_removal()  # a load under way must not keep what it has read
-        return True
+        # Another node may yet bring it to a server that does not have it in this moment.
+        return is_everywhere and self._servers.is_whole()
+
+    def _inserted(self, columns: Columns, now: float) -> int:
+        """Insert the session; wait for the next server only if memory alone may not keep it."""
+
+        def insert(server: SessionServer) -> int:
+            with server.attempt():
+                return server.insert(columns, now)
+
+        key = columns.key[0]
+        if self._create_when_down:
+            return insert(self._servers.at(key))
+        return self._servers.retried(key, insert)
 
     def _log_postponed(self, error: Exception, now: float) -> None:
         self._counters.add(Counter.WRITES_POSTPONED)

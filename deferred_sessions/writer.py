@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from deferred_sessions import lifecycle
@@ -22,6 +23,8 @@ from deferred_sessions.outcome import Outcome
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import CHANGED, TOMBSTONE, SessionRecord, split_rests
 from deferred_sessions.refusals import Refusals
+from deferred_sessions.servers.copies import Copies
+from deferred_sessions.servers.fleet import Fleet, Shape
 from deferred_sessions.servers.rows import Columns, State
 from deferred_sessions.servers.server import SessionServer
 
@@ -31,36 +34,43 @@ EXPIRY_GRAIN: Final = 0.001  # seconds; expiries that are closer are the same
 
 
 class RecordWriter:
-    """Writes records to one session server and marks them in the host store."""
+    """Writes records to their session servers and marks them in the host store."""
 
     def __init__(
         self,
         *,
         store: HostStore,
-        server: SessionServer,
+        servers: Fleet,
+        copies: Copies,
         encoder: RowEncoder,
         refusals: Refusals,
         counters: Counters,
         policy: Policy,
     ) -> None:
         self._store = store
-        self._server = server
+        self._servers = servers
+        self._copies = copies
         self._encoder = encoder
         self._refusals = refusals
         self._counters = counters
         self._policy = policy
 
     def write(self, batch: Sequence[Dirty], now: float) -> Outcome:
-        """Write `batch` in one transaction and mark what it contained.
+        """Write `batch` in one transaction for each server, and mark what it contained.
 
         Raises:
-            ServerUnavailableError: Nothing was written or marked.
-            RowRefusedError: The server refused some row; nothing was written or marked.
-            RowLockedError: Somebody holds some row; nothing was written or marked.
+            ServerUnavailableError: Nothing that this server decides about was written or
+                marked, nor anything that was to come after.
+            RowRefusedError: It refused some row; likewise.
+            RowLockedError: Somebody holds some row; likewise.
         """
-        with self._server.batch():
-            outcome = self._send(sorted(batch), now)
-        return self._finish(outcome, now)
+        outcome = Outcome()
+        for server, part in self._servers.by_authority(sorted(batch), _key):
+            shape = self._servers.shape()
+            with server.batch():
+                written = self._send(server, part, now)
+            outcome = outcome.with_others(self._finish(written, now, shape))
+        return outcome
 
     def write_through(self, record: SessionRecord, now: float) -> Outcome:
         """Write `record` with a single statement, waiting for its row if need be.
@@ -71,7 +81,8 @@ class RecordWriter:
         Raises:
             ServerUnavailableError, RowRefusedError: Nothing was written or marked.
         """
-        return self._finish(self._send([Dirty.of(record)], now), now)
+        shape, server = self._servers.shape(), self._servers.at(record.key)
+        return self._finish(self._send(server, [Dirty.of(record)], now), now, shape)
 
     def columns(self, batch: Sequence[Dirty]) -> Columns:
         """Return the sessions of `batch` as PostgreSQL keeps them."""
@@ -88,48 +99,58 @@ class RecordWriter:
             [head.created_at for head in heads],
         )
 
-    def mark_written(self, batch: Sequence[Dirty], now: float) -> None:
-        """Tell the host store that PostgreSQL has committed `batch`, as it stands there."""
-        self._counters.add(Counter.ROWS_WRITTEN, len(batch))
-        self._mark(Outcome(updated=batch), now)
+    def mark_written(self, batch: Sequence[Dirty], now: float) -> int:
+        """Tell the host store that PostgreSQL has committed `batch`, as it stands there.
 
-    def _send(self, batch: Sequence[Dirty], now: float) -> Outcome:
+        Returns how many of them have yet to get to all of their homes, and stay dirty.
+        """
+        self._counters.add(Counter.ROWS_WRITTEN, len(batch))
+        outcome = Outcome(updated=batch)
+        self._mark(outcome, now, self._servers.shape())
+        return len(outcome.incomplete)
+
+    def _send(self, server: SessionServer, batch: Sequence[Dirty], now: float) -> Outcome:
         """Send one statement for each kind of change; keys in order, against deadlocks."""
         outcome = Outcome()
         deleted, new, changed, touched = by_kind(batch)
         doubtful: list[Dirty] = []
         if deleted:
             self._counters.add(Counter.STATEMENTS)
-            self._server.delete([dirty.key for dirty in deleted])
+            server.delete([dirty.key for dirty in deleted])
             outcome.deleted = deleted
         if new:
             self._counters.add(Counter.STATEMENTS)
-            if self._server.insert(self.columns(new), now) == len(new):
+            if self._insert(server, new, now) == len(new):
                 outcome.inserted = new
             else:
                 changed = sorted(changed + new)  # some exist; the update leaves the others
         if changed:
             self._counters.add(Counter.STATEMENTS)
-            if self._server.update(self.columns(changed), now) == len(changed):
+            if server.update(self.columns(changed), now) == len(changed):
                 outcome.updated = changed
             else:
                 doubtful += changed
         if touched:
             self._counters.add(Counter.STATEMENTS)
-            if self._server.touch(self.columns(touched), now) == len(touched):
+            if server.touch(self.columns(touched), now) == len(touched):
                 outcome.touched = touched
             else:
                 doubtful += touched
         if doubtful:
-            self._look_into(doubtful, outcome, now)
+            self._look_into(server, doubtful, outcome, now)
         return outcome
 
-    def _look_into(self, doubtful: Sequence[Dirty], outcome: Outcome, now: float) -> None:
+    def _insert(self, server: SessionServer, new: Sequence[Dirty], now: float) -> int:
+        return server.insert(self.columns(new), now)
+
+    def _look_into(
+        self, server: SessionServer, doubtful: Sequence[Dirty], outcome: Outcome, now: float
+    ) -> None:
         """Find out which of these PostgreSQL did not take, and why."""
-        states = self._server.states([dirty.key for dirty in doubtful])
+        states = server.states([dirty.key for dirty in doubtful])
         gone = [dirty for dirty in doubtful if dirty.key not in states]
         if gone:
-            self._look_for(gone, outcome, now)
+            self._look_for(server, gone, outcome, now)
         for dirty in doubtful:
             if (state := states.get(dirty.key)) is None:
                 continue
@@ -148,9 +169,11 @@ class RecordWriter:
                 outcome.superseded.append(dirty)
         self._refusals.keep(outcome.fenced)
 
-    def _look_for(self, gone: Sequence[Dirty], outcome: Outcome, now: float) -> None:
+    def _look_for(
+        self, server: SessionServer, gone: Sequence[Dirty], outcome: Outcome, now: float
+    ) -> None:
         """Tell what somebody deleted from what PostgreSQL forgot; insert the latter anew."""
-        revoked = self._server.revoked([dirty.key for dirty in gone])
+        revoked = server.revoked([dirty.key for dirty in gone])
         forgotten: list[Dirty] = []
         for dirty in gone:
             is_lost = dirty.key not in revoked and lifecycle.is_remembered(dirty.head, now=now)
@@ -163,7 +186,7 @@ class RecordWriter:
             extra={"action": "sessions_forgotten", "count": len(forgotten)},
         )
         self._counters.add(Counter.STATEMENTS)
-        if self._server.insert(self.columns(forgotten), now) == len(forgotten):
+        if server.insert(self.columns(forgotten), now) == len(forgotten):
             outcome.inserted = [*outcome.inserted, *forgotten]
         else:
             outcome.outdated += forgotten  # somebody was faster; look again the next time
@@ -174,13 +197,13 @@ class RecordWriter:
             return False
         if state.version == dirty.head.version:
             return self._is_same(dirty, state)
-        return state.owner == self._server.owner() and state.version > dirty.head.version
+        return state.owner == self._servers.owner() and state.version > dirty.head.version
 
     def _is_anothers(self, dirty: Dirty, state: State) -> bool:
         """Tell whether the lease has passed to another node, or has had others meanwhile."""
         if state.fence != dirty.head.fence:
             return state.fence > dirty.head.fence
-        return bool(state.owner) and not state.owner.startswith(self._server.name())
+        return bool(state.owner) and not state.owner.startswith(self._servers.name())
 
     def _is_lost(self, dirty: Dirty, state: State) -> bool:
         """Tell whether memory alone has this change; it may have been written and handed over."""
@@ -196,19 +219,42 @@ class RecordWriter:
                 return self._encoder.to_payload(state.data) == dirty.record.payload
         return False
 
-    def _finish(self, outcome: Outcome, now: float) -> Outcome:
+    def _finish(self, outcome: Outcome, now: float, shape: Shape) -> Outcome:
         self._counters.add(Counter.ROWS_WRITTEN, outcome.rows)
-        if not self._server.in_transaction():
-            self._mark(outcome, now)
+        if not self._servers.in_transaction():
+            self._mark(outcome, now, shape)
             self._tell(outcome)
         return outcome
 
-    def _mark(self, outcome: Outcome, now: float) -> None:
-        """Tell the host store what PostgreSQL has."""
+    def _mark(self, outcome: Outcome, now: float, shape: Shape) -> None:
+        """Tell the host store what PostgreSQL has, on all homes.
+
+        If they have changed since the `shape` of before, the new ones are to hear of it, too.
+        """
+        if self._servers.only is None:
+            self._spread(outcome, now)
         changed_since = self._store.clean_many(outcome.written, now)
         marks = outcome.transitions(changed_since=set(changed_since), now=now, policy=self._policy)
         if marks:
             self._store.update_many(marks)
+        if self._servers.shape() != shape:
+            again = partial(_again, now)
+            self._store.update_many({dirty.key: again for dirty in outcome.written})
+
+    def _spread(self, outcome: Outcome, now: float) -> None:
+        """Have the further homes know; what they miss stays dirty."""
+        taken = sorted([*outcome.written, *(dirty for dirty, *_ in outcome.repeated)])
+        missed = self._copies.write_some(
+            [dirty.key for dirty in taken],
+            lambda places: self.columns([taken[place] for place in places]),
+            now,
+        )
+        if outcome.deleted:
+            missed |= self._copies.delete([dirty.key for dirty in outcome.deleted])
+        if outcome.vanished:
+            self._copies.remove([dirty.key for dirty in outcome.vanished])
+        if missed:
+            outcome.miss(missed)
 
     def _tell(self, outcome: Outcome) -> None:
         self._refusals.tell(outcome.fenced)
@@ -234,6 +280,14 @@ class RecordWriter:
                     what,
                     extra={**extra, "count": len(records)},
                 )
+
+
+def _key(dirty: Dirty) -> str:
+    return dirty.key
+
+
+def _again(now: float, record: SessionRecord | None) -> SessionRecord | None:
+    return record if record is None or record.is_tombstone else lifecycle.forgotten(record, now=now)
 
 
 def _stored_expiry(dirty: Dirty, state: State) -> float:

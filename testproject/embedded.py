@@ -37,6 +37,11 @@ class EmbeddedServer:
         socket = self._server.get_postmaster_info().socket_dir
         return f"postgresql://postgres@{quote(str(socket), safe='')}/postgres"
 
+    @property
+    def process(self) -> Any:
+        """Its main process, a `psutil.Process`."""
+        return self._server.get_postmaster_info().process
+
     def kill(self, number: int) -> None:
         """Send it a signal, SIGQUIT for an immediate end, and wait until it is dead."""
         process = self._server.get_postmaster_info().process

@@ -42,6 +42,8 @@ class Pulse:
         self._path = directory / FILE
         self.patience = patience
         """Seconds without a heartbeat after which memory is not trusted any more."""
+        self.reviving: set[str] = set()
+        """The session servers on which this process is just reviving the node."""
         self._words: memoryview[float] | None = None
 
     def doubts(self, entered_at: float, at: float) -> bool:

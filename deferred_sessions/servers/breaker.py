@@ -50,11 +50,15 @@ class Breaker:
         self._closed_until = now + LONGEST
         return 0.0
 
-    def failed(self) -> None:
-        """Take note that the server could not be reached."""
+    def failed(self, took: float = 0.0) -> None:
+        """Take note that the server could not be reached, and how many seconds that took.
+
+        The pause is as long at least: of a server that hangs, a process hears at every second
+        attempt's time at most.
+        """
         self._failures += 1
         self._seen_at = self.clock()
-        longest = min(LONGEST, FIRST * 2.0 ** min(self._failures - 1, 10))
+        longest = min(LONGEST, max(2.0 * took, FIRST * 2.0 ** min(self._failures - 1, 10)))
         self._closed_until = self.clock() + longest * random.uniform(0.5, 1.0)  # noqa: S311
 
     def succeeded(self) -> None:

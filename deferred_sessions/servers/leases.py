@@ -28,9 +28,11 @@ class Leases:
     def __init__(self, server: SessionServer) -> None:
         self._server = server
 
-    def acquire(self, key: str, *, waits: bool = False) -> Grant:
+    def acquire(self, key: str, *, waits: bool = False, is_unknown: bool = False) -> Grant:
         """Ask for the lease of `key`; `waits` tells that this node stands in its queue.
 
+        `is_unknown` tells that this node's memory has nothing of the session; then the fence of
+        a lease that it has already may grow, if session servers have come and gone since.
         A lease that this node has already costs a read and writes nothing. Who is queued
         asks again when it is told to, or at least every second or so, and `withdraw`s if
         it gives up: who has not asked for three seconds is passed over.
@@ -39,7 +41,9 @@ class Leases:
             ServerUnavailableError: Nothing is known about the session.
             RowLockedError: A transaction holds the row; nothing was changed.
         """
-        rows = self._server.run(sql.ACQUIRE, [key, self._server.owner(), waits, QUEUE_LIMIT])
+        rows = self._server.run(
+            sql.ACQUIRE, [key, self._server.owner(), waits, QUEUE_LIMIT, is_unknown]
+        )
         if not rows:
             return Grant(Answer.GONE)
         status, owner, data, expires_at, version, fence, user_id, created_at, written_at = rows[0]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 CHANNEL: Final = "deferred_sessions"
 REVOKED: Final = ""  # what is said to all
 REQUESTED: Final = "r"  # and to one node: somebody asks for a session that it has
+AT_ONCE: Final = 0.001  # seconds to take what has arrived
 GRANTED: Final = "g"  # it was given a session that it waits for
 
 
@@ -79,6 +81,15 @@ class Listener:
             stop.wait(seconds)
             return set()
 
+    def socket(self) -> int | None:
+        """Return what can be polled for words; connect if it is time to; None if that failed."""
+        connection = self._connection or self._open()
+        return None if connection is None else connection.fileno()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._close()
+
     def _open(self) -> psycopg.Connection[Any] | None:
         """Connect as Django does, and listen; None if it is too early to try again."""
         now = time.monotonic()
@@ -97,3 +108,43 @@ class Listener:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+class Listeners:
+    """Listens to all session servers that are not out; closed by the end of a `with`."""
+
+    def __init__(
+        self, listeners: Mapping[str, Listener], live: Callable[[], Collection[str]]
+    ) -> None:
+        self._listeners = listeners
+        self._live = live
+
+    def __enter__(self) -> Listeners:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for listener in self._listeners.values():
+            listener.close()
+
+    def wait(self, seconds: float, stop: threading.Event) -> set[str]:
+        """Wait until any of them tells something, or for `seconds`; return what it was told."""
+        live = [self._listeners[alias] for alias in self._live()]
+        if len(live) == 1:
+            return live[0].wait(seconds, stop)
+        poll, places = select.poll(), dict[int, Listener]()
+        for listener in live:
+            if (place := listener.socket()) is not None:
+                places[place] = listener
+                poll.register(place, select.POLLIN)
+        if not places:
+            stop.wait(seconds)
+            return set()
+        words: set[str] = set()
+        for place, _ in poll.poll(seconds * 1000):
+            words |= places[place].wait(AT_ONCE, stop)
+        return words

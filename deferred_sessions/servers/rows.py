@@ -69,6 +69,14 @@ class State(NamedTuple):
         return f"<State of version {self.version}>"
 
 
+class Position(NamedTuple):
+    """How far a row is."""
+
+    version: int
+    fence: int
+    written_at: float
+
+
 class Refusal(NamedTuple):
     """A write that came too late: the session had passed to another node."""
 

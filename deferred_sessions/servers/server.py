@@ -10,6 +10,7 @@ before; callers ask `in_transaction` to know.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Final, LiteralString
@@ -22,6 +23,7 @@ from psycopg.pq import TransactionStatus
 from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailableError
 from deferred_sessions.servers import sql
 from deferred_sessions.servers.breaker import Breaker
+from deferred_sessions.servers.deadline import bounded
 from deferred_sessions.servers.errors import translated
 from deferred_sessions.servers.rows import Columns, Revocation, Revocations, Row, State
 from deferred_sessions.servers.stream import StatementStream
@@ -34,11 +36,20 @@ CLEAR_BATCH: Final = 5000  # rows; locks are held for well under a second
 class SessionServer:
     """The sessions of one database alias."""
 
-    def __init__(self, alias: str, *, owner: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        alias: str,
+        *,
+        owner: Callable[[], str],
+        timeout: float | None = None,
+        breaker: Breaker | None = None,
+    ) -> None:
         self.alias = alias
         self.owner = owner
         """Returns the node that writes; stands in each row it wrote."""
-        self.breaker = Breaker()
+        self.timeout = timeout
+        """Seconds after which a statement without an answer has failed; None: it is waited for."""
+        self.breaker = breaker or Breaker()
         """Refuses to connect for a request just after connecting has failed."""
 
     def name(self) -> str:
@@ -164,20 +175,21 @@ class SessionServer:
 
     def insert(self, columns: Columns, now: float) -> int:
         """Create sessions; leaves keys alone that exist already."""
-        return self._write(sql.INSERT, [self.owner(), now, *columns])
+        return self.write(sql.INSERT, [self.owner(), now, *columns], len(columns.key))
 
     def update(self, columns: Columns, now: float) -> int:
         """Write changed sessions; leaves alone what was deleted, newer or fenced."""
-        return self._write(sql.UPDATE, self.update_parameters(columns, now))
+        return self.write(sql.UPDATE, self.update_parameters(columns, now), len(columns.key))
 
     def touch(self, columns: Columns, now: float) -> int:
         """Write new expiries; leaves alone what was deleted, changed or fenced."""
-        return self._write(
+        return self.write(
             sql.TOUCH,
             [
                 *(self.owner(), now, columns.key, columns.expires_at, columns.version),
                 *(columns.fence, self.name()),
             ],
+            len(columns.key),
         )
 
     def update_parameters(self, columns: Columns, now: float) -> list[Any]:
@@ -199,7 +211,7 @@ class SessionServer:
                 f"The connection {self.alias!r} is in a transaction that nobody commits. Leave "
                 "AUTOCOMMIT on for the database of the sessions; see SERVERS."
             )
-        return StatementStream(connection.connection, sql.UPDATE_ALONE)
+        return StatementStream(connection.connection, sql.UPDATE_ALONE, self.timeout)
 
     def delete(self, keys: Sequence[str]) -> int:
         """Delete sessions, whether they exist or not; return how many did."""
@@ -230,7 +242,11 @@ class SessionServer:
         connection = self._connection()
         outermost = not connection.in_atomic_block
         self._connect(connection, insist=True)
-        with translated(), transaction.atomic(using=self.alias):
+        with (
+            translated(),
+            bounded(connection, self.timeout),
+            transaction.atomic(using=self.alias),
+        ):
             if outermost:
                 self.run(sql.LOCK_TIMEOUT, [LOCK_TIMEOUT])
             yield
@@ -282,18 +298,22 @@ class SessionServer:
 
     # Statements
 
-    def _write(self, statement: LiteralString, parameters: list[Any]) -> int:
-        """Return how many rows `statement` wrote.
+    def write(self, statement: LiteralString, parameters: list[Any], sessions: int) -> int:
+        """Return how many rows `statement` wrote, which is about so many `sessions`.
 
         One session goes through Django's cursor, where query logs see it; many through
         psycopg's own, which sends arrays in binary.
+
+        Raises:
+            ServerUnavailableError, RowLockedError, RowRefusedError: It was in vain.
         """
-        if len(parameters[2]) == 1:  # the keys
+        if sessions == 1:
             return self._execute(statement, parameters)[1]
         connection = self._connection()
         self._connect(connection)
         with (
             translated(),
+            bounded(connection, self.timeout),
             connection.wrap_database_errors,
             psycopg.Cursor(connection.connection) as cursor,
         ):
@@ -320,11 +340,12 @@ class SessionServer:
             raise ServerUnavailableError(
                 f"PostgreSQL was away a moment ago; it is tried again in {pause:.1f} s."
             )
+        began = self.breaker.clock()
         try:
             with translated():
                 connection.ensure_connection()
         except DeferredSessionsError:
-            self.breaker.failed()
+            self.breaker.failed(self.breaker.clock() - began)
             raise
         self.breaker.succeeded()
 
@@ -336,6 +357,25 @@ class SessionServer:
         """
         return self._execute(statement, parameters)[0]
 
+    def change(self, statement: LiteralString, parameters: list[Any]) -> int:
+        """Return how many rows `statement`, one of `sql`, has written.
+
+        Raises:
+            ServerUnavailableError, RowLockedError, RowRefusedError: It was in vain.
+        """
+        return self._execute(statement, parameters)[1]
+
+    def borrow(self) -> psycopg.Connection[Any]:
+        """Return the connection of this thread, for what no statement of `sql` can do.
+
+        Raises:
+            ServerUnavailableError: There is none.
+        """
+        connection = self._connection()
+        self._connect(connection, insist=True)
+        borrowed: psycopg.Connection[Any] = connection.connection
+        return borrowed
+
     def _execute(
         self, statement: LiteralString, parameters: list[Any]
     ) -> tuple[list[tuple[Any, ...]], int]:
@@ -346,9 +386,13 @@ class SessionServer:
         this package may be repeated.
         """
         connection, in_transaction = self._connection(), self.in_transaction()
+        began = time.monotonic()
         try:
             return self._execute_once(statement, parameters)
         except ServerUnavailableError:
+            if self.timeout is not None and time.monotonic() - began >= self.timeout:
+                self.breaker.failed()  # it hangs: that is no connection that was idle
+                raise
             if in_transaction or connection.is_usable():
                 raise
             connection.close()
@@ -359,6 +403,10 @@ class SessionServer:
     ) -> tuple[list[tuple[Any, ...]], int]:
         connection = connections[self.alias]
         self._connect(connection)
-        with translated(), connection.cursor() as cursor:
+        with (
+            translated(),
+            bounded(connection, self.timeout),
+            connection.cursor() as cursor,
+        ):
             cursor.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else [], cursor.rowcount

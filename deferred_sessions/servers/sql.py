@@ -150,14 +150,16 @@ UPDATE: Final[LiteralString] = """
       FROM unnest(%b::text[], %b::text[], %b::float8[], %b::int8[], %b::int8[], %b::text[])
            AS new (key, data, expires_at, version, fence, user_id)
      WHERE stored.session_key = new.key
-       AND stored.version < new.version
+       AND (stored.version < new.version
+            OR (stored.version = new.version AND stored.fence < new.fence))
        AND (stored.fence < new.fence
             OR (stored.fence = new.fence
                 AND (stored.owner IS NULL OR starts_with(stored.owner, %b))))
 """
 """Write changed sessions. Not counted: deleted, newer, or fenced; ask STATES. A fence is given
 to one node; a failover that forgets some grants may make PostgreSQL give it again: then to
-have the name of the row's owner decides."""
+have the name of the row's owner decides. The same version under a later fence is news, too: of
+who has the lease, to a server that did not give it."""
 
 UPDATE_ALONE: Final[LiteralString] = (
     UPDATE + "       AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL"
@@ -261,7 +263,7 @@ ACQUIRE: Final[LiteralString] = """
            extract(epoch FROM (found).expire_date)::float8, (found).version, (found).fence,
            (found).user_id, extract(epoch FROM (found).created_at)::float8,
            extract(epoch FROM (found).written_at)::float8
-      FROM deferred_sessions_acquire(%b, %b, %b, %b) AS acquired (status, found)
+      FROM deferred_sessions_acquire(%b, %b, %b, %b, %b) AS acquired (status, found)
 """
 """Ask for the lease of a session: the row if this node has it now, else a place in the queue.
 Nothing if there is no such session."""

@@ -24,7 +24,7 @@ from psycopg.pq import ExecStatus
 READ: Final = select.POLLIN
 GOOD: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
 READ_OR_WRITE: Final = select.POLLIN | select.POLLOUT
-DEADLINE: Final = 60.0  # seconds; a server that hangs must not hang the flusher
+DEADLINE: Final = 60.0  # seconds, if there is no SERVER_TIMEOUT: a flusher must not hang
 
 
 class StatementStream:
@@ -34,8 +34,14 @@ class StatementStream:
     statement then commits by itself.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], statement: LiteralString) -> None:
+    def __init__(
+        self,
+        connection: psycopg.Connection[Any],
+        statement: LiteralString,
+        timeout: float | None = None,
+    ) -> None:
         numbers = count(1)
+        self._deadline = timeout or DEADLINE
         self._connection = connection
         self._pgconn = connection.pgconn
         self._transformer = Transformer(connection)
@@ -85,5 +91,5 @@ class StatementStream:
     def _wait_for(self, events: int) -> None:
         poll = select.poll()
         poll.register(self._pgconn.socket, events)
-        if not poll.poll(DEADLINE * 1000):
-            raise psycopg.OperationalError(f"No answer for {DEADLINE:g} s.")
+        if not poll.poll(self._deadline * 1000):
+            raise psycopg.OperationalError(f"No answer for {self._deadline:g} s.")

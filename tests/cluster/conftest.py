@@ -59,6 +59,8 @@ class Process:
 class Host(Site):
     """A node: a directory of its own, and any number of processes."""
 
+    driver = "tests.cluster.driver"
+
     def __init__(self, directory: Path, name: str, **settings: Any) -> None:
         super().__init__(directory, **{**QUICK, "NODE": name, **settings})
         self.name = name
@@ -67,7 +69,7 @@ class Host(Site):
     def process(self, *options: str, **environment: Any) -> Process:
         """Start a process of this node, with a candidate for its agent."""
         process = self.start(
-            *("-m", "tests.cluster.driver", *options),
+            *("-m", self.driver, *options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             kill=True,

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import django
@@ -182,7 +183,8 @@ def _answer(function: Callable[..., Any], arguments: list[Any]) -> dict[str, Any
     return {"result": result, "seconds": time.perf_counter() - began}
 
 
-def _main() -> None:
+def serve(functions: dict[str, Any]) -> None:
+    """Do what is asked for, line by line, with these functions."""
     logging.getLogger("deferred_sessions").addHandler(_Log(logging.WARNING))
     if os.environ.get("TEST_DEAF"):  # nobody can listen, as behind a pooler
         Listener._open = lambda self: None  # type: ignore[method-assign]
@@ -193,14 +195,10 @@ def _main() -> None:
     print(json.dumps({"result": "ready", "seconds": 0.0}), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        if isinstance(arguments[-1:], list) and arguments and isinstance(arguments[-1], dict):
-            items = arguments.pop()
-            answer = _answer(lambda: globals()[name](*arguments, **items), [])  # noqa: B023
-        else:
-            answer = _answer(globals()[name], arguments)
-        print(json.dumps(answer), flush=True)
+        items = arguments.pop() if arguments and isinstance(arguments[-1], dict) else {}
+        print(json.dumps(_answer(partial(functions[name], **items), arguments)), flush=True)
     get_runtime().agent.stop()
 
 
 if __name__ == "__main__":
-    _main()
+    serve(globals())

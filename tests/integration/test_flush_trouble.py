@@ -63,9 +63,9 @@ def test_the_connection_breaks_in_the_middle(tune: Callable[..., Runtime]) -> No
     pid = connection.connection.info.backend_pid
     real = type(runtime.flusher._writer).mark_written
 
-    def kill_then_mark(self: Any, batch: Any, now: float) -> None:
+    def kill_then_mark(self: Any, batch: Any, now: float) -> Any:
         killer.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
-        real(self, batch, now)
+        return real(self, batch, now)
 
     with killer, pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(runtime.flusher._writer), "mark_written", kill_then_mark)
@@ -327,11 +327,11 @@ def test_a_flush_that_is_interrupted_leaves_a_clean_connection(
     marks = []
     real = type(runtime.flusher._writer).mark_written
 
-    def interrupted(self: Any, batch: Any, now: float) -> None:
+    def interrupted(self: Any, batch: Any, now: float) -> Any:
         marks.append(1)
         if len(marks) == at:
             raise KeyboardInterrupt
-        real(self, batch, now)
+        return real(self, batch, now)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(runtime.flusher._writer), "mark_written", interrupted)

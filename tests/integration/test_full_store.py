@@ -173,14 +173,14 @@ def test_somebody_saves_while_we_save_past_memory(
     fill(runtime)
     ours = SessionStore(session.session_key)
     ours["ours"] = "y" * 500
-    real = runtime.tiers._server.update
+    real = runtime.server.update
 
     def meanwhile(columns: Any, now: float) -> int:
         monkeypatch.undo()
         change(session, a="short")
         return real(columns, now)
 
-    monkeypatch.setattr(runtime.tiers._server, "update", meanwhile)
+    monkeypatch.setattr(runtime.server, "update", meanwhile)
     call(ours, "save")
 
     expected = {"a": "short", "ours": "y" * 500}
@@ -197,14 +197,14 @@ def test_a_session_deleted_while_we_save_past_memory(
     fill(runtime)
     ours = SessionStore(session.session_key)
     ours["ours"] = "y" * 500
-    real = runtime.tiers._server.update
+    real = runtime.server.update
 
     def meanwhile(columns: Any, now: float) -> int:
         monkeypatch.undo()
         SessionStore().delete(session.session_key)
         return real(columns, now)
 
-    monkeypatch.setattr(runtime.tiers._server, "update", meanwhile)
+    monkeypatch.setattr(runtime.server, "update", meanwhile)
     with pytest.raises(UpdateError):
         call(ours, "save")
     assert row(session.session_key) is None
@@ -218,7 +218,7 @@ def test_others_that_keep_writing_are_not_a_deletion(
     fill(runtime)
     ours = SessionStore(session.session_key)
     ours["ours"] = "y" * 500
-    monkeypatch.setattr(runtime.tiers._server, "update", lambda columns, now: 0)
+    monkeypatch.setattr(runtime.server, "update", lambda columns, now: 0)
 
     with pytest.raises(RowLockedError, match="keep writing"):
         call(ours, "save")

@@ -174,7 +174,7 @@ def test_what_was_written_and_handed_over_meanwhile_is_not_refused(
     found, theirs = Session.objects.get(pk=key), SessionStore().encode({"b": 1})
     columns = Columns([key], [theirs], [NOW], [found.version + 1], [found.fence], [""], [NOW])
     SessionServer("default", owner=lambda: "b#1").update(columns, NOW)
-    a.flusher._run(time.time()).take(batch)
+    a.flusher._runs(time.time()).write(batch)
     assert not RefusedWrite.objects.exists()
     assert row(key) == {"b": 1}
 

@@ -529,7 +529,8 @@ class Clock:
 def watcher(as_node: Callable[..., Runtime]) -> tuple[Any, Clock]:
     """A node that watches another, and its clock."""
     named("other#1").beat({}, "join")
-    membership, clock = as_node("a", NODE_TIMEOUT=10.0).membership, Clock()
+    node, clock = as_node("a", NODE_TIMEOUT=10.0), Clock()
+    membership = node.membership.at("default")
     membership._clock = clock
     return membership, clock
 

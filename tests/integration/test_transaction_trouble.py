@@ -203,7 +203,7 @@ def insert_elsewhere(runtime: Runtime) -> Any:
                     record.key,
                     SessionStore().encode({"a": 1}),
                     record.expires_at,
-                    runtime.tiers._server.owner(),
+                    runtime.server.owner(),
                 ],
             )
         return lifecycle.written(

@@ -114,12 +114,13 @@ class Site:
             [sys.executable, *command],
             cwd=ROOT,
             env=environment,
-            check=True,
+            check=False,
             capture_output=True,
             text=True,
             timeout=DEADLINE,
             **options,
         )
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def web(self, *options: str, application: str = "testproject.wsgi", port: int = 0) -> Web:

@@ -81,6 +81,7 @@ BAD: dict[str, list[Any]] = {
     "SERVERS": ["default", [], {}, [3], None, ["a", "a"], [""], {"a": 0}, {"a": "1"}, {1: 1.0}],
     "IMPORT_ENGINE": ["", 1, "a b", "a.", ".a", "a\n"],
     "COPIES": [0, -1, 1.0, "2", None, True],
+    "SERVER_TIMEOUT": [0, -1, "5", True, float("inf")],
 }
 
 
@@ -148,12 +149,23 @@ def test_e024_more_copies_than_servers(settings: Any) -> None:
         get_runtime()
 
 
-def test_w021_several_servers(settings: Any) -> None:
-    """Nobody may think that the second one is used."""
+def test_several_servers(settings: Any) -> None:
+    """W021, that only one of them is used, has had its day."""
     settings.DEFERRED_SESSIONS = {"SERVERS": {"default": 1, "other": 2}}
-    assert "deferred_sessions.W021" in ids()
-    with pytest.raises(ImproperlyConfigured, match="SERVERS"):
-        get_runtime()
+    assert "deferred_sessions.W021" not in ids()
+    assert [server.alias for server in get_runtime().fleet.servers] == ["default", "other"]
+    assert get_settings().server_deadline == 5.0
+    settings.DEFERRED_SESSIONS = {"SERVERS": ["default", "other"], "SERVER_TIMEOUT": 1.5}
+    assert get_settings().server_deadline == 1.5
+    settings.DEFERRED_SESSIONS = {}
+    assert get_settings().server_deadline is None
+
+
+def test_e041_several_servers_without_an_agent(settings: Any) -> None:
+    settings.DEFERRED_SESSIONS = {"SERVERS": ["default", "other"], "AGENT": False}
+    assert "deferred_sessions.E041" in ids()
+    settings.DEFERRED_SESSIONS = {"AGENT": False}
+    assert ids() == []
 
 
 def test_w022_another_database_without_the_router(settings: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deferred_sessions.conf import get_settings
-from deferred_sessions.topology import server_problems, weights_of
+from deferred_sessions.topology import fleet_problems, server_problems, weights_of
 
 DATABASES: dict[str, dict[str, Any]] = {
     "default": {"NAME": "shop", "HOST": "", "PORT": ""},
@@ -58,3 +58,15 @@ def test_weights_in_their_order(settings: Any, servers: Any, weights: dict[str, 
     settings.DEFERRED_SESSIONS = {"SERVERS": servers}
     assert get_settings().weights == weights
     assert get_settings().server == "b"
+
+
+def test_what_several_servers_need() -> None:
+    """E041, W042: agents, and connections that do not hang."""
+    databases = {**DATABASES, "c": {"NAME": "c", "OPTIONS": {"connect_timeout": 2}}}
+
+    def found(*names: str, has_agent: bool = True) -> list[str]:
+        return [code for code, _, _ in fleet_problems(names, databases, has_agent=has_agent)]
+
+    assert found("c", "nosuch") == []
+    assert found("a", "c") == ["W042"]
+    assert found("c", has_agent=False) == ["E041"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from typing import Any, Final
 
 from django.apps import apps
@@ -31,18 +32,22 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         """Print one of the two lists."""
-        alias = get_runtime().server.alias
+        aliases = [server.alias for server in get_runtime().fleet.live()]
         if options["refused"]:
-            self._print_refused(alias)
+            for alias in aliases:
+                self._print_refused(alias)
         else:
-            self._print_nodes(alias)
+            self._print_nodes(aliases)
 
-    def _print_nodes(self, alias: str) -> None:
+    def _print_nodes(self, aliases: Sequence[str]) -> None:
+        """Print each node as the server has it that heard of it last; of copies each counts."""
         now = timezone.now()
         self.stdout.write(LINE.format("node", "state", "heard of", "sessions", "refused"))
-        for node in _rows("Node", alias).order_by("node"):
-            sessions = _rows("Session", alias).filter(owner=node.node).count()
-            refused = _rows("RefusedWrite", alias).filter(node=node.node).count()
+        known = [node for alias in aliases for node in _rows("Node", alias)]
+        latest = {node.node: node for node in sorted(known, key=lambda node: node.beat_at)}
+        for _, node in sorted(latest.items()):
+            sessions = _count("Session", aliases, owner=node.node)
+            refused = _count("RefusedWrite", aliases, node=node.node)
             state = "alive" if node.died_at is None else "dead"
             age = f"{(now - node.beat_at).total_seconds():.0f} s ago"
             self.stdout.write(LINE.format(str(node), state, age, sessions, refused))
@@ -55,6 +60,10 @@ class Command(BaseCommand):
                 f"{write.owner.partition('#')[0] or 'nobody'} has fence {write.owner_fence}; "
                 f"differs in: {', '.join(write.changed_keys) or '(unreadable)'}"
             )
+
+
+def _count(model: str, aliases: Sequence[str], **which: str) -> int:
+    return sum(_rows(model, alias).filter(**which).count() for alias in aliases)
 
 
 def _rows(model: str, alias: str) -> Any:

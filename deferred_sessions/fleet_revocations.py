@@ -1,0 +1,52 @@
+"""What others did behind our back, on all session servers.
+
+Called by the agent and the flusher as `Revocations` of a single server are. Invariant: a server
+that cannot be read holds up none of the others, and what it has to say is read later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deferred_sessions import lifecycle
+from deferred_sessions.exceptions import DeferredSessionsError
+from deferred_sessions.revocations import Revocations
+from deferred_sessions.servers.fleet import Fleet
+from deferred_sessions.servers.server import SessionServer
+
+
+class FleetRevocations:
+    """Reads each server's revocations, with its own note of how far."""
+
+    def __init__(self, servers: Fleet, make: Callable[[SessionServer], Revocations]) -> None:
+        self._servers = servers
+        self._parts = {server.alias: make(server) for server in servers.servers}
+
+    def read_once(self, now: float) -> int:
+        """Act on what is new; return how many sessions of this node that concerned.
+
+        Raises:
+            ServerUnavailableError: Some server could not be read; the next reading has it all.
+        """
+        concerned = 0
+        failure: DeferredSessionsError | None = None
+        for server in self._servers.live():
+            try:
+                concerned += self._parts[server.alias].read_once(now)
+            except DeferredSessionsError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return concerned
+
+    def prune(self, now: float) -> None:
+        """Remove from PostgreSQL what every node, and every server, has had time to read.
+
+        A server that is not in has yet to hear of what was deleted since it was left out.
+        """
+        before = now - lifecycle.REMEMBERED
+        if self._servers.only is None:
+            gap = self._servers.view().oldest_gap()
+            before = before if gap is None else min(before, gap - lifecycle.REMEMBERED)
+        for server in self._servers.live():
+            server.prune_revocations(before)

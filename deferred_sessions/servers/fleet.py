@@ -1,0 +1,268 @@
+"""All session servers of the site: which of them a session belongs to.
+
+Called by everything that writes, reads or deletes sessions; a single server is a fleet of one,
+which is answered at once, without a look at anything. Invariant: the homes of a key follow
+from the node's note of how the servers stand, so all processes of the node use the same ones;
+what one of them fails to say is a failure, never "no such session".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Final, TypeVar
+
+from deferred_sessions.exceptions import (
+    DeferredSessionsError,
+    ServerUnavailableError,
+    SessionAwayError,
+)
+from deferred_sessions.servers.placement import Placement
+from deferred_sessions.servers.registry import Registry, announce
+from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.servers.view import (
+    OUT,
+    Standing,
+    View,
+    completed,
+    decode,
+    founded,
+    merged,
+)
+
+T = TypeVar("T")
+
+ASK_AGAIN: Final = 1.0  # seconds that a process without an agent trusts what it was told
+PATIENCE: Final = 2.0  # seconds that a request waits for another server to take over
+LOOK_AGAIN: Final = 0.02  # seconds between its looks
+Shape = tuple[object, ...]
+
+
+class Fleet:
+    """The session servers of SERVERS, and those that leave it."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        copies: int,
+        make: Callable[[str], SessionServer],
+        is_known: Callable[[str], bool],
+        note: Callable[[], bytes | None],
+    ) -> None:
+        self.copies = copies
+        self.weights = tuple(sorted(weights.items()))
+        self._placement = Placement(weights)
+        self._make = make
+        self._is_known = is_known
+        self._note = note
+        self._servers = {alias: make(alias) for alias in weights}
+        self._leaving: dict[str, SessionServer] = {}
+        self.first = next(iter(self._servers.values()))
+        self.only = self.first if len(self._servers) == 1 else None
+        """The server, if there is but one."""
+        self._seen: tuple[bytes, View] | None = None
+        self._asked: tuple[float, View] | None = None
+
+    @property
+    def servers(self) -> tuple[SessionServer, ...]:
+        """All of SERVERS, in their order, also those that are out."""
+        return tuple(self._servers.values())
+
+    def owner(self) -> str:
+        """Return the node that writes."""
+        return self.first.owner()
+
+    def name(self) -> str:
+        """Return how the owner begins in each row that any incarnation of this node wrote."""
+        return self.first.name()
+
+    # Homes
+
+    def at(self, key: str) -> SessionServer:
+        """Return the server whose row decides about `key`."""
+        if self.only is not None:
+            return self.only
+        return self._servers[self.view().authority(self._placement.ranked(key))]
+
+    def homes(self, key: str) -> tuple[SessionServer, ...]:
+        """Return the servers that are to hold `key` now; the authority first."""
+        if self.only is not None:
+            return (self.only,)
+        homes = self.view().homes(self._placement.ranked(key))
+        return tuple([self._servers[alias] for alias in homes])
+
+    def further_homes(self, keys: Sequence[str]) -> dict[SessionServer, list[int]]:
+        """Return the homes of `keys` beside their authorities, each with the places of its keys."""
+        further: dict[SessionServer, list[int]] = {}
+        if self.only is not None:
+            return further
+        view, ranked = self.view(), self._placement.ranked
+        if view.copies > 1 or view.filling:
+            for index, key in enumerate(keys):
+                for alias in view.homes(ranked(key))[1:]:
+                    further.setdefault(self._servers[alias], []).append(index)
+        return further
+
+    def ranked(self, key: str) -> tuple[str, ...]:
+        """Return all of SERVERS in the order in which they would hold `key`."""
+        return self._placement.ranked(key)
+
+    def by_authority(
+        self, items: Sequence[T], key: Callable[[T], str]
+    ) -> list[tuple[SessionServer, Sequence[T]]]:
+        """Return `items` in parts, each with the server that decides about its keys."""
+        if self.only is not None:
+            return [(self.only, items)] if items else []
+        view, parts = self.view(), dict[str, list[T]]()
+        for item in items:
+            alias = view.authority(self._placement.ranked(key(item)))
+            parts.setdefault(alias, []).append(item)
+        return [(self._servers[alias], part) for alias, part in sorted(parts.items())]
+
+    def retried(self, key: str, work: Callable[[SessionServer], T]) -> T:
+        """Return what `work` says of the authority of `key`; of the next one if that is away.
+
+        Raises:
+            ServerUnavailableError: No other server has taken over in time.
+            SessionAwayError: One has, and does not know the session; that is said at once.
+        """
+        server = self.at(key)
+        try:
+            return work(server)
+        except SessionAwayError:
+            raise
+        except ServerUnavailableError:
+            if not self._has_passed_on(key, server):
+                raise
+        return work(self.at(key))
+
+    # The view
+
+    def view(self) -> View:
+        """Return how the servers stand, as far as this node knows."""
+        note = self._note()
+        if note is None:
+            return self._ask()
+        seen = self._seen
+        if seen is None or seen[0] != note:
+            seen = self._seen = (note, self.read(note))
+        return seen[1]
+
+    def shape(self) -> Shape:
+        """Return what changes if the homes of any key do."""
+        if self.only is not None:
+            return ()
+        view = self.view()
+        return (view.layout, view.filling)
+
+    def is_whole(self) -> bool:
+        """Tell whether each server has all of its sessions, and all nodes agree which those are."""
+        if self.only is not None:
+            return True
+        view = self.view()
+        return view.is_whole and not view.past
+
+    def is_moving(self, key: str) -> bool:
+        """Tell whether a node may not know yet which server decides about `key`."""
+        return self.only is None and self.view().is_moving(self._placement.ranked(key))
+
+    def live(self) -> list[SessionServer]:
+        """Return the servers that are not out."""
+        if self.only is not None:
+            return [self.only]
+        view = self.view()
+        return [server for server in self.servers if view.phase(server.alias) != OUT]
+
+    def leaving(self) -> list[SessionServer]:
+        """Return the servers that SERVERS names no more, as far as DATABASES still does."""
+        if self.only is not None:
+            return []
+        for alias in self.view().leaving:
+            if alias not in self._leaving and self._is_known(alias):
+                self._leaving[alias] = self._make(alias)
+        return [self._leaving[s] for s in self.view().leaving if s in self._leaving]
+
+    def read(self, note: bytes) -> View:
+        """Return the view that a node has noted."""
+        return decode(note, self.weights, self.copies)
+
+    def start(self, standings: Mapping[str, Standing]) -> View:
+        """Return a view of a node that knows nothing but these standings."""
+        known = completed(standings, self._servers)
+        return View(servers=self.weights, copies=self.copies, standings=known)
+
+    # Connections
+
+    def in_transaction(self) -> bool:
+        """Tell whether what is written now waits for somebody else's commit, on any server."""
+        return any(server.in_transaction() for server in self._servers.values())
+
+    def leave_pools(self) -> None:
+        """Have this thread use connections of its own: see `SessionServer.leave_pool`."""
+        for server in self._servers.values():
+            server.leave_pool()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Be outside of the application's transactions in the block, if there are any."""
+        with ExitStack() as stack:
+            for server in self._servers.values():
+                stack.enter_context(server.outside())
+            yield
+
+    @contextmanager
+    def visit(self) -> Iterator[None]:
+        """Leave the thread's connections as they were: see `SessionServer.visit`."""
+        with ExitStack() as stack:
+            for server in self._servers.values():
+                stack.enter_context(server.visit())
+            yield
+
+    # Inside
+
+    def _ask(self) -> View:
+        """Return what the servers say themselves, in a process whose node has no agent."""
+        asked = self._asked
+        if asked is not None and 0 <= time.monotonic() - asked[0] < ASK_AGAIN:
+            return asked[1]
+        registers: list[Iterable[Standing]] = []
+        for server in self._servers.values():
+            try:
+                with server.attempt():
+                    registers.append(Registry(server).read().values())
+            except DeferredSessionsError:
+                continue
+        view = self.start(merged(*registers) or self._founded())
+        self._asked = time.monotonic(), view
+        return view
+
+    def _founded(self) -> dict[str, Standing]:
+        """Return how servers stand that nobody has written anything about; write it down.
+
+        At once, because what this process is about to write makes an empty server look used.
+        """
+        try:
+            found = {}
+            for alias, server in self._servers.items():
+                with server.attempt():
+                    found[alias] = Registry(server).has_sessions()
+        except DeferredSessionsError:
+            return {}
+        standings = founded(found, time.time())
+        for standing in standings.values():
+            announce(self._servers.values(), standing)
+        return standings
+
+    def _has_passed_on(self, key: str, server: SessionServer) -> bool:
+        """Wait until another server decides about `key`, if that may come; return whether."""
+        others = [other for other in self._servers.values() if other is not server]
+        if all(other.breaker.is_broken for other in others):
+            return False
+        until = time.monotonic() + PATIENCE
+        while self.at(key) is server:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(LOOK_AGAIN)
+        return True

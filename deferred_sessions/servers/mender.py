@@ -1,0 +1,175 @@
+"""Brings the rows of one server into line with those of the others, a page at a time.
+
+Used by `resync`, which says which page is next. Invariant: of all rows of a session the newest
+one wins, by fence, version and expiry; and a session that was deleted at its authority comes
+back from nowhere: whoever was deleted while its row was on the way is removed where it arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, NamedTuple
+
+from deferred_sessions.servers.shelf import Shelf, Stamp
+from deferred_sessions.servers.view import View
+
+MARGIN: Final = 600.0  # seconds by which the clocks of two servers may differ
+
+
+class Tally(NamedTuple):
+    """What one page came to."""
+
+    looked_at: int = 0
+    copied: int = 0
+    """Rows that were missing or older somewhere, and are there now."""
+    removed: int = 0
+    """Rows that had no business where they were."""
+
+    def __add__(self, other: object) -> Tally:
+        if not isinstance(other, Tally):
+            return NotImplemented
+        return Tally(*map(sum, zip(self, other, strict=True)))
+
+
+class Page(NamedTuple):
+    """A page that is done."""
+
+    after: str | int
+    """Where the next one begins."""
+    tally: Tally
+    is_last: bool = False
+
+
+class Mender:
+    """Compares and repairs under one view of the servers.
+
+    Every method raises ServerUnavailableError if one of the servers is away, and
+    RowLockedError if somebody holds a row; the page can be repeated then.
+    """
+
+    def __init__(
+        self,
+        shelves: Mapping[str, Shelf],
+        view: View,
+        ranked: Callable[[str], tuple[str, ...]],
+    ) -> None:
+        self._shelves = shelves
+        self._view = view
+        self._ranked = ranked
+
+    def delete(self, source: str, target: str, after: int, since: float) -> Page:
+        """Remove from `target` what was deleted elsewhere since then, as `source` has it."""
+        found = self._shelves[source].deletions(after, since - MARGIN)
+        keys = {deletion.key for deletion in found if deletion.key}
+        gone = self._without_row(self._filled(keys, target))
+        shelf = self._shelves[target]
+        removed = shelf.remove(shelf.stamps(gone))
+        truncated_at = max((each.made_at for each in found if each.key is None), default=None)
+        if truncated_at is not None:
+            removed += self._truncate(source, target, truncated_at)
+        last = max((deletion.number for deletion in found), default=after)
+        return Page(last, Tally(len(found), 0, removed), not found)
+
+    def fill(self, source: str, target: str, after: str) -> Page:
+        """Copy to `target` what it lacks of the sessions whose authority is `source`."""
+        page = self._shelves[source].page(after)
+        theirs = {key: page[key] for key in self._filled(page, target, source)}
+        copied = self._deliver(source, theirs, target)
+        return Page(max(page, default=after), Tally(len(page), copied), not page)
+
+    def tidy(self, source: str, after: str, now: float, *, mend: bool = True) -> Page:
+        """Make all homes of the sessions on `source` have what it has, and remove its strays.
+
+        Without `mend`, only count.
+        """
+        page = self._shelves[source].page(after)
+        homes = {key: self._view.homes(self._ranked(key)) for key in page}
+        dead = self._dead(source, page, homes, now)
+        stamps = {key: page[key] for key in page.keys() - dead}
+        copied = 0
+        for target in sorted({home for places in homes.values() for home in places} - {source}):
+            wanted = {key: stamp for key, stamp in stamps.items() if target in homes[key]}
+            if mend:
+                copied += self._deliver(source, wanted, target)
+            else:
+                copied += len(self._shelves[target].behind(wanted))
+        strays = {key: page[key] for key in page if key in dead or source not in homes[key]}
+        removed = self._shelves[source].remove(strays) if mend else len(strays)
+        return Page(max(page, default=after), Tally(len(page), copied, removed), not page)
+
+    # Inside
+
+    def _filled(self, keys: Iterable[str], target: str, source: str = "") -> list[str]:
+        """Return those of `keys` of which `target`, which is filling, is to be a home.
+
+        With a `source`, only those that this one is the authority of.
+        """
+        trusted, copies, ranked = self._view.trusted, self._view.copies, self._ranked
+        found = []
+        for key in keys:
+            before = 0  # how many homes it has that come before the target
+            for server in ranked(key):
+                if server == target:
+                    if before < copies:
+                        found.append(key)
+                    break
+                before += server in trusted
+        if not source:
+            return found
+        return [key for key in found if self._view.authority(ranked(key)) == source]
+
+    def _deliver(self, source: str, stamps: Mapping[str, Stamp], target: str) -> int:
+        """Copy what `target` lacks of these; return how many rows that were."""
+        origin, shelf = self._shelves[source], self._shelves[target]
+        there = shelf.stamps(stamps)
+        missing = [key for key in stamps if key not in there]
+        older = [key for key, stamp in there.items() if stamp.is_behind(stamps[key])]
+        copied = origin.send([*missing, *older], shelf)
+        if missing:  # a deletion may have been at one of the two while the row was on its way
+            arrived, left = shelf.stamps(missing), origin.stamps(missing)
+            void = (arrived.keys() - left.keys()) | shelf.ended(arrived)
+            copied -= shelf.remove({key: arrived[key] for key in void})
+        return copied
+
+    def _dead(
+        self,
+        source: str,
+        page: Mapping[str, Stamp],
+        homes: Mapping[str, tuple[str, ...]],
+        now: float,
+    ) -> set[str]:
+        """Return whose row is missing at the authority, because it was deleted or has expired."""
+        dead: set[str] = set()
+        for authority, keys in _grouped(page, lambda key: homes[key][0]).items():
+            if authority == source:
+                continue
+            missing = keys - self._shelves[authority].stamps(keys).keys()
+            dead |= {key for key in missing if page[key].expires_at <= now}
+            dead |= self._shelves[authority].ended({key: page[key] for key in missing})
+        return dead
+
+    def _without_row(self, keys: Iterable[str]) -> set[str]:
+        """Return those of `keys` that their authority has no row of."""
+        gone: set[str] = set()
+        places = _grouped(keys, lambda key: self._view.authority(self._ranked(key)))
+        for authority, theirs in places.items():
+            gone |= theirs - self._shelves[authority].stamps(theirs).keys()
+        return gone
+
+    def _truncate(self, source: str, target: str, made_at: float) -> int:
+        """Remove from `target` what `source` had when somebody emptied it, and has no more."""
+        shelf, after, removed = self._shelves[target], "", 0
+        while page := shelf.page(after):
+            after = max(page)
+            old = {key for key, stamp in page.items() if stamp.written_at < made_at}
+            theirs = self._filled(old, target, source)
+            removed += shelf.remove({key: page[key] for key in self._without_row(theirs)})
+        return removed
+
+
+def _grouped(keys: Iterable[str], place: Callable[[str], str]) -> dict[str, set[str]]:
+    """Return `keys` by what `place` says of each."""
+    groups: dict[str, set[str]] = {}
+    for key in keys:
+        groups.setdefault(place(key), set()).add(key)
+    return groups

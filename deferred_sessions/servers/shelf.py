@@ -1,0 +1,123 @@
+"""The rows of one session server, as those see them who compare and repair.
+
+Used by `resync`. Invariant: what is sent to another server replaces only what is older
+there; a repeated transfer does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final, NamedTuple
+
+import psycopg
+from django.db import connections
+
+from deferred_sessions.servers import repair_sql as sql
+from deferred_sessions.servers.deadline import bounded
+from deferred_sessions.servers.errors import translated
+from deferred_sessions.servers.server import SessionServer
+
+PART: Final = 5000  # rows in one transaction
+
+
+class Stamp(NamedTuple):
+    """How new a row is: compared from left to right. Times are Unix seconds."""
+
+    fence: int
+    version: int
+    expires_at: float
+    written_at: float
+
+    def is_behind(self, other: Stamp) -> bool:
+        """Tell whether `other` is to take the place of this one."""
+        return self[:3] < other[:3]
+
+
+class Deletion(NamedTuple):
+    """What somebody deleted, or changed."""
+
+    number: int
+    key: str | None
+    """None stands for all sessions."""
+    made_at: float
+
+    def __repr__(self) -> str:
+        return f"<Deletion {self.number}>"  # no key: it is a secret
+
+
+class Shelf:
+    """The rows of one session server.
+
+    Every method raises ServerUnavailableError if that is away, and RowLockedError if somebody
+    holds a row; then nothing was done.
+    """
+
+    def __init__(self, server: SessionServer) -> None:
+        self.server = server
+        self.alias = server.alias
+
+    def page(self, after: str) -> dict[str, Stamp]:
+        """Return how the rows stand that follow the key `after`; none at the end."""
+        rows = self.server.run(sql.PAGE, [after, PART])
+        return {key: Stamp(*stamp) for key, *stamp in rows}
+
+    def stamps(self, keys: Iterable[str]) -> dict[str, Stamp]:
+        """Return how the rows of `keys` stand; leaves out those without a row."""
+        asked = sorted(keys)
+        rows = self.server.run(sql.STAMPS, [asked]) if asked else []
+        return {key: Stamp(*stamp) for key, *stamp in rows}
+
+    def behind(self, stamps: Mapping[str, Stamp]) -> list[str]:
+        """Return those keys whose row here is older than that, or missing."""
+        ours = self.stamps(stamps)
+        return [
+            key for key, stamp in stamps.items() if key not in ours or ours[key].is_behind(stamp)
+        ]
+
+    def ended(self, stamps: Mapping[str, Stamp]) -> set[str]:
+        """Return those of these sessions, which have no row here, that somebody ended."""
+        keys = sorted(stamps)
+        written = [stamps[key].written_at for key in keys]
+        return {key for (key,) in self.server.run(sql.ENDED, [keys, written])} if keys else set()
+
+    def size(self) -> int:
+        """Return about how many rows there are."""
+        return int(self.server.run(sql.COUNT, [])[0][0])
+
+    def deletions(self, after: int, since: float) -> list[Deletion]:
+        """Return what was deleted since then and follows the number `after`."""
+        return [Deletion(*row) for row in self.server.run(sql.DELETIONS, [after, since, PART])]
+
+    def send(self, keys: Collection[str], target: Shelf) -> int:
+        """Copy whole rows to `target`, with owner and fence; return how many it lacked.
+
+        The bytes pass through as they come: nobody takes them apart.
+        """
+        if not keys:
+            return 0
+        ours = self.server.borrow()
+        with target.server.batch():
+            target.server.run(sql.ARRIVE, [])
+            with (
+                translated(),
+                connections[target.alias].wrap_database_errors,
+                bounded(connections[self.alias], self.server.timeout),
+                psycopg.Cursor(ours) as source,
+                psycopg.Cursor(target.server.borrow()) as sink,
+                source.copy(sql.SEND, [sorted(keys)]) as outgoing,
+                sink.copy(sql.RECEIVE) as incoming,
+            ):
+                for data in outgoing:
+                    incoming.write(data)
+            target.server.run(sql.SILENCE, [])
+            return target.server.change(sql.PUT, [])
+
+    def remove(self, stamps: Mapping[str, Stamp]) -> int:
+        """Delete rows that stand as `stamps` says; return how many did. Nobody hears of it."""
+        if not stamps:
+            return 0
+        keys = sorted(stamps)
+        return self.server.change(
+            sql.REMOVE,
+            [keys, [stamps[key].fence for key in keys], [stamps[key].version for key in keys]],
+        )

@@ -1,0 +1,292 @@
+"""Which session servers are in, and what follows from that for each key.
+
+Made by `fleet` from a note of the node, changed by `succession`. Pure. Invariant: two nodes
+that know of the same standings choose the same homes for each key, and of two standings of one
+server all prefer the same one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, Final, NamedTuple
+
+IN: Final = "in"
+"""Trusted: what it says of a session that it is a home of counts."""
+FILLING: Final = "filling"
+"""Answers, but may have missed something: gets each write as a copy, and what it lacks."""
+LEAVING: Final = "leaving"
+"""Not named in SERVERS any more; only read from."""
+OUT: Final = "out"
+"""Does not answer; not used."""
+GONE: Final = "gone"
+"""Not named in SERVERS any more, and empty: nobody looks there."""
+TRUST: Final = (GONE, OUT, LEAVING, FILLING, IN)
+"""Of two standings with one number that counts which stands before the other here."""
+EPOCH: Final = 0.0  # since when a server that was added may have missed something
+
+
+class Standing(NamedTuple):
+    """How a server stands; each change has a number of its own. Times are Unix seconds."""
+
+    server: str
+    number: int
+    phase: str
+    since: float
+    """From when on it may have missed something; if it is in, since when it is."""
+
+
+Standings = Mapping[str, Standing]
+
+
+class Layout(NamedTuple):
+    """What homes follow from, besides the key."""
+
+    servers: tuple[tuple[str, float], ...]
+    """Names and weights, as SERVERS has them."""
+    copies: int
+    trusted: tuple[str, ...]
+    """Those that are in."""
+
+
+def merged(*registers: Iterable[Standing]) -> dict[str, Standing]:
+    """Return the newest standing of each server that any of `registers` knows."""
+    newest: dict[str, Standing] = {}
+    for register in registers:
+        for standing in register:
+            known = newest.get(standing.server)
+            if known is None or _supersedes(standing, known):
+                newest[standing.server] = standing
+    return newest
+
+
+def founded(has_sessions: Mapping[str, bool], now: float) -> dict[str, Standing]:
+    """Return how servers stand that nothing is known of: all in, but for those that were added.
+
+    If some have sessions, those that have none were added and lack theirs.
+    """
+    is_used = any(has_sessions.values())
+    return {
+        server: Standing(server, 1, IN, now)
+        if has or not is_used
+        else Standing(server, 1, FILLING, EPOCH)
+        for server, has in has_sessions.items()
+    }
+
+
+def completed(standings: Standings, servers: Iterable[str]) -> dict[str, Standing]:
+    """Return `standings` with those of `servers` that they lack: these were added."""
+    if not standings:
+        return {}
+    missing = {s: Standing(s, 1, FILLING, EPOCH) for s in servers if s not in standings}
+    return {**standings, **missing}
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What a node knows of its session servers; never changed, shared by threads."""
+
+    servers: tuple[tuple[str, float], ...]
+    """Names and weights, as SERVERS has them."""
+    copies: int
+    standings: Standings
+    past: tuple[Layout, ...] = ()
+    """From which layouts on not all nodes are known to have moved; see `is_moving`."""
+    settled: Layout | None = None
+    """The layout that all sessions in the memory of this node were last written by."""
+    settled_on: str = ""
+    """The digest of the view that this node has settled on."""
+    agreed_on: str = ""
+    """The digest of the view that all nodes were found settled on."""
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """All of SERVERS."""
+        return tuple(name for name, _ in self.servers)
+
+    @cached_property
+    def trusted(self) -> frozenset[str]:
+        """The servers that may be homes: those that are in, or what is there instead."""
+        return frozenset(self._in_phase(IN) or self._in_phase(FILLING) or self.names)
+
+    @cached_property
+    def filling(self) -> frozenset[str]:
+        """The servers that get each write as a further copy."""
+        return frozenset(self._in_phase(FILLING)) - self.trusted
+
+    @cached_property
+    def leaving(self) -> tuple[str, ...]:
+        """The servers that SERVERS names no more, and that may still have sessions."""
+        names = {s.server for s in self.standings.values() if s.phase != GONE}
+        return tuple(sorted(names - set(self.names)))
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Each server has all of its sessions."""
+        return self.trusted == set(self.names) and not self.leaving
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What the homes of each key follow from."""
+        return Layout(self.servers, self.copies, tuple(sorted(self.trusted)))
+
+    @cached_property
+    def digest(self) -> str:
+        """What nodes compare that wait for each other."""
+        said = [
+            sorted(self.servers),
+            self.copies,
+            *(s[:3] for _, s in sorted(self.standings.items())),
+        ]
+        return blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+
+    def phase(self, server: str) -> str:
+        """Return how `server` stands."""
+        if server not in self.names:
+            return LEAVING
+        standing = self.standings.get(server)
+        return IN if standing is None else standing.phase
+
+    def homes(self, ranked: Sequence[str]) -> tuple[str, ...]:
+        """Return the servers that are to hold a key which is `ranked` so; the authority first."""
+        homes = trusted_homes(ranked, self.trusted, self.copies)
+        if not self.filling:
+            return homes
+        return (*homes, *(server for server in ranked if self.is_filled_with(server, ranked)))
+
+    def authority(self, ranked: Sequence[str]) -> str:
+        """Return the server whose row decides."""
+        trusted = self.trusted
+        return next(server for server in ranked if server in trusted)
+
+    def is_filled_with(self, server: str, ranked: Sequence[str]) -> bool:
+        """Tell whether `server`, which is filling, will be a home of a key when it is in."""
+        if server not in self.filling:
+            return False
+        return server in trusted_homes(ranked, self.trusted | {server}, self.copies)
+
+    def is_moving(self, ranked: Sequence[str]) -> bool:
+        """Tell whether the authority of a key has changed, and a node may not have moved yet."""
+        if not self.past:
+            return False
+        now = self.authority(ranked)
+        return any(
+            layout.servers != self.servers or trusted_homes(ranked, layout.trusted, 1) != (now,)
+            for layout in self.past
+        )
+
+    def has_moved(self, ranked: Sequence[str]) -> bool:
+        """Tell whether the homes of a key are others than when this node settled last."""
+        old = self.settled
+        if old is None or old.servers != self.servers or old.copies != self.copies:
+            return True
+        return trusted_homes(ranked, old.trusted, self.copies) != trusted_homes(
+            ranked, self.trusted, self.copies
+        )
+
+    def has_changed_hands(self, ranked: Sequence[str]) -> bool:
+        """Tell whether another server decides about a key than when this node settled last."""
+        old = self.settled
+        if old is None or old.servers != self.servers:
+            return True
+        return trusted_homes(ranked, old.trusted, 1) != (self.authority(ranked),)
+
+    def changed_at(self) -> float:
+        """Return when a server changed places last, as its agent's clock had it."""
+        return max((standing.since for standing in self.standings.values()), default=EPOCH)
+
+    def with_standings(self, standings: Standings) -> View:
+        """Return this view with other standings; nodes may yet have to move to it."""
+        after = replace(self, standings=dict(standings))
+        if after.layout == self.layout or self.layout in self.past:
+            return after
+        return replace(after, past=(*self.past, self.layout))
+
+    def begun_late(self) -> View:
+        """Return this view of a node that does not know what others come from."""
+        return replace(self, past=(Layout((), 0, ()),))
+
+    def agreed(self) -> View:
+        """Return this view, to which all nodes have moved."""
+        return replace(self, past=(), agreed_on=self.digest)
+
+    @property
+    def is_settled(self) -> bool:
+        """This node has moved to it."""
+        return self.settled_on == self.digest
+
+    @property
+    def is_agreed(self) -> bool:
+        """All living nodes have moved to it: what they write from now on, they write by it."""
+        return self.agreed_on == self.digest
+
+    def settled_here(self) -> View:
+        """Return this view, which this node has moved to."""
+        return replace(self, settled=self.layout, settled_on=self.digest)
+
+    def oldest_gap(self) -> float | None:
+        """Return from when on some server may have missed something; None if none has."""
+        return min(
+            (s.since for s in self.standings.values() if s.phase != IN and s.server in self.names),
+            default=None,
+        )
+
+    def _in_phase(self, phase: str) -> tuple[str, ...]:
+        return tuple(name for name in self.names if self.phase(name) == phase)
+
+
+def trusted_homes(ranked: Sequence[str], trusted: Iterable[str], copies: int) -> tuple[str, ...]:
+    """Return the first of the ranking that are trusted, as many as there are copies."""
+    among = trusted if isinstance(trusted, frozenset) else frozenset(trusted)
+    return tuple([server for server in ranked if server in among][:copies])
+
+
+def encode(view: View) -> bytes:
+    """Return `view` as the node keeps it."""
+    return json.dumps(
+        {
+            "servers": view.servers,
+            "copies": view.copies,
+            "standings": list(view.standings.values()),
+            "past": view.past,
+            "settled": view.settled,
+            "settled_on": view.settled_on,
+            "agreed_on": view.agreed_on,
+        }
+    ).encode()
+
+
+def decode(note: bytes, servers: tuple[tuple[str, float], ...], copies: int) -> View:
+    """Return the view that a node kept, under the settings of today.
+
+    If SERVERS were others then, no node is known to have moved.
+    """
+    kept = json.loads(note)
+    standings = {row[0]: Standing(*row) for row in kept["standings"]}
+    past = tuple(map(_layout, kept["past"]))
+    settled = _layout(kept["settled"]) if kept["settled"] else None
+    before = _layout((kept["servers"], kept["copies"], ()))  # whoever was in: all keys move
+    view = View(
+        servers=servers,
+        copies=copies,
+        standings=standings,
+        past=past,
+        settled=settled,
+        settled_on=kept["settled_on"],
+        agreed_on=kept["agreed_on"],
+    )
+    return view if before.servers == servers else replace(view, past=(*past, before))
+
+
+def _layout(kept: Sequence[Any]) -> Layout:
+    servers, copies, trusted = kept
+    return Layout(tuple((name, weight) for name, weight in servers), copies, tuple(trusted))
+
+
+def _supersedes(one: Standing, other: Standing) -> bool:
+    if one.number != other.number:
+        return one.number > other.number
+    return TRUST.index(one.phase) < TRUST.index(other.phase)

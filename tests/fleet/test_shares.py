@@ -1,0 +1,95 @@
+"""Who has which session, when all is well, and when a server is added or taken away."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.fleet.conftest import Fleet
+from tests.processes.conftest import wait_until
+
+SESSIONS = 10_000
+LATER = {"WRITE_ON_CREATE": False}  # so that ten thousand take a second
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_e03_e04_each_session_on_so_many_servers(fleet: Fleet, copies: int) -> None:
+    """E03: the subsets do not overlap. E04: each session is on two servers."""
+    fleet.settings["COPIES"] = copies
+    process = fleet.host("n", STORE_SIZE=64 << 20, **LATER).process()
+    keys = process("create_in_memory", SESSIONS)
+    places = fleet.where()
+    assert places.keys() == set(keys)
+    assert {len(aliases) for aliases in places.values()} == {copies}
+    shares = Counter(alias for aliases in places.values() for alias in aliases)
+    even = SESSIONS * copies / 3
+    print(f"COPIES {copies}: {dict(shares)}, {process.seconds:.1f} s")
+    assert all(abs(share / even - 1) < 0.05 for share in shares.values())
+
+
+def test_e02_the_servers_have_what_all_nodes_have(fleet: Fleet) -> None:
+    """E02: whatever node a session is on, the servers have all of it."""
+    nodes = [fleet.host(name).process() for name in "nm"]
+    keys = [key for node in nodes for key in node("create_many", 20)]
+    for node in nodes:
+        for number, key in enumerate(keys):
+            node("change", key, "n", number)
+    for node in nodes:
+        assert node("flush") == ""
+    assert fleet.sessions(nodes[0]) == {key: {"n": number} for number, key in enumerate(keys)}
+
+
+def test_a_server_is_added(fleet: Fleet) -> None:
+    """Online: at most its share moves, and visitors notice nothing."""
+    fleet.settings["SERVERS"] = ["a", "b"]
+    first = fleet.host("n", STORE_SIZE=64 << 20, **LATER)
+    second = fleet.host("m")
+    keys = first.process()("create_in_memory", SESSIONS)
+    before = fleet.where()
+    visited = second.visited(keys[:50], visitors=2)
+    for host in (first, second):  # a rolling deploy
+        host.settings["SERVERS"] = ["a", "b", "c"]
+    first.kill()
+    process = first.process()
+    second.kill()
+    visited = second.visited(keys[:50], visitors=2)
+    wait_until(lambda: fleet["c"].phases().get("c") == "in", what="the new server")
+    fleet.wait_until_whole()
+    visited("leave")
+    assert visited("flush") == process("flush") == ""
+
+    after = fleet.where()
+    moved = sum(before[key] != after[key] for key in keys)
+    print(f"added a third server: {moved} of {SESSIONS} sessions moved")
+    assert {len(aliases) for aliases in after.values()} == {1}
+    assert 0.30 < moved / SESSIONS < 1 / 3 + 0.03
+    assert all(after[key] in (before[key], ["c"]) for key in keys)
+    verdict = fleet.verdict()
+    print(verdict)
+    assert not verdict.errors
+    assert verdict.wrong(fleet.sessions(visited)) == []
+
+
+def test_a_server_is_taken_away(fleet: Fleet) -> None:
+    """Its sessions are found at once, and leave it with `rebalancesessions`."""
+    host = fleet.host("n", STORE_SIZE=64 << 20, **LATER)
+    process = host.process()
+    keys = process("create_in_memory", 2000)
+    before = fleet.where()
+    process("evict", keys)
+    host.kill()
+    host.settings["SERVERS"] = ["a", "b"]
+    process = host.process()
+    wait_until(lambda: process("phases").get("c") == "leaving", what="the server to leave")
+    late = next(key for key in keys if before[key] == ["c"])
+    assert process("load", late) == {"n": keys.index(late)}
+
+    print(host.run("manage.py", "rebalancesessions", "--check"))
+    assert fleet["c"].sessions()
+    print(host.run("manage.py", "rebalancesessions"))
+    assert not fleet["c"].sessions()
+    after = fleet.where()
+    assert {len(aliases) for aliases in after.values()} == {1}
+    assert after.keys() == set(keys)
+    assert all(after[key] == before[key] for key in keys if before[key] != ["c"])

@@ -1,0 +1,164 @@
+"""Which servers are homes of a key, whatever stands of which; and that nodes agree on it."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+
+from deferred_sessions.servers.placement import Placement
+from deferred_sessions.servers.view import (
+    EPOCH,
+    FILLING,
+    IN,
+    LEAVING,
+    OUT,
+    Standing,
+    View,
+    completed,
+    decode,
+    encode,
+    founded,
+    merged,
+)
+
+NOW = 1_800_000_000.0
+NAMES = ("a", "b", "c")
+WEIGHTS = tuple((name, 1.0) for name in NAMES)
+
+
+def view(a: str = IN, b: str = IN, c: str = IN, copies: int = 1, **others: str) -> View:
+    phases = {"a": a, "b": b, "c": c, **others}
+    standings = {name: Standing(name, 2, phase, NOW) for name, phase in phases.items()}
+    return View(servers=WEIGHTS, copies=copies, standings=standings)
+
+
+@pytest.mark.parametrize(
+    ("phases", "copies", "homes"),
+    [
+        ({}, 1, "a"),
+        ({}, 2, "ab"),
+        ({"a": OUT}, 1, "b"),
+        ({"a": OUT}, 2, "bc"),
+        ({"a": OUT, "b": OUT}, 2, "c"),
+        ({"a": FILLING}, 1, "ba"),  # the authority first; what is being filled gets a copy
+        ({"a": FILLING}, 2, "bca"),
+        ({"b": FILLING}, 1, "a"),  # not its key
+        ({"b": FILLING}, 2, "acb"),
+        ({"c": FILLING}, 2, "ab"),
+        ({"a": FILLING, "b": FILLING}, 1, "cab"),  # either may be in before the other is
+        ({"a": OUT, "b": OUT, "c": OUT}, 1, "a"),  # nobody is left: an outage like any other
+        ({"a": OUT, "b": FILLING, "c": OUT}, 1, "b"),
+    ],
+)
+def test_homes(phases: dict[str, str], copies: int, homes: str) -> None:
+    seen = view(**phases, copies=copies)
+    assert seen.homes(NAMES) == tuple(homes)
+    assert seen.authority(NAMES) == homes[0]
+
+
+def test_a_filling_server_has_each_key_that_it_will_be_a_home_of() -> None:
+    """Or it would lack some in the moment when it is trusted."""
+    placement = Placement(dict(WEIGHTS))
+    for copies in (1, 2):
+        for phases in ({"a": FILLING}, {"a": FILLING, "b": FILLING}, {"a": FILLING, "b": OUT}):
+            before, after = (
+                view(**phases, copies=copies),
+                view(**{**phases, "a": IN}, copies=copies),
+            )
+            for number in range(300):
+                ranked = placement.ranked(f"key{number}")
+                assert set(after.homes(ranked)) <= set(before.homes(ranked))
+
+
+def test_only_the_keys_of_a_server_move_when_it_goes() -> None:
+    before, after = view(), view(a=OUT)
+    for ranked in permutations(NAMES):
+        has_moved = before.authority(ranked) != after.authority(ranked)
+        assert has_moved == (ranked[0] == "a")
+
+
+def test_registers_are_merged_in_any_order() -> None:
+    """The later one counts; of two with one number that which trusts less."""
+    one = [Standing("a", 3, IN, 1.0), Standing("b", 1, OUT, 1.0)]
+    other = [Standing("a", 2, OUT, 2.0), Standing("b", 1, IN, 2.0), Standing("c", 1, IN, 2.0)]
+    for registers in ((one, other), (other, one), (one, other, one)):
+        found = merged(*registers)
+        assert {name: (s.number, s.phase) for name, s in found.items()} == {
+            "a": (3, IN),
+            "b": (1, OUT),
+            "c": (1, IN),
+        }
+
+
+def test_a_new_site() -> None:
+    """Who has no sessions where others have was added, and has to be filled."""
+    assert {s.phase for s in founded(dict.fromkeys(NAMES, False), NOW).values()} == {IN}
+    assert {s.phase for s in founded(dict.fromkeys(NAMES, True), NOW).values()} == {IN}
+    found = founded({"a": True, "b": False, "c": False}, NOW)
+    assert [found[name][2:] for name in NAMES] == [(IN, NOW), (FILLING, EPOCH), (FILLING, EPOCH)]
+
+
+def test_an_added_server_is_filled() -> None:
+    assert completed({}, NAMES) == {}
+    known = {name: Standing(name, 5, IN, NOW) for name in "ab"}
+    assert completed(known, NAMES) == {**known, "c": Standing("c", 1, FILLING, EPOCH)}
+
+
+def test_a_server_that_leaves_is_no_home() -> None:
+    seen = view(d=LEAVING)
+    assert seen.leaving == ("d",)
+    assert not seen.is_whole
+    assert view().is_whole
+
+
+def test_keys_move_until_all_nodes_have() -> None:
+    """Also there and back: some node may be in between."""
+    whole, out = view(), view(a=OUT)
+    assert not whole.is_moving(NAMES)
+    gone = whole.with_standings(out.standings)
+    assert gone.is_moving(("a", "b", "c"))
+    assert not gone.is_moving(("b", "a", "c"))
+    back = gone.with_standings(whole.standings)
+    assert back.is_moving(("a", "b", "c"))
+    assert not back.agreed().is_moving(("a", "b", "c"))
+    assert back.agreed().is_agreed
+
+
+def test_nothing_moves_when_a_server_begins_to_be_filled() -> None:
+    gone = view(a=OUT)
+    assert gone.with_standings(view(a=FILLING).standings).past == ()
+
+
+def test_what_a_node_has_to_write_again() -> None:
+    whole = view(copies=2).settled_here()
+    assert whole.is_settled
+    assert not whole.has_moved(NAMES)
+    gone = whole.with_standings(view(c=OUT).standings)
+    assert not gone.is_settled
+    assert not gone.has_moved(("a", "b", "c"))
+    assert gone.has_moved(("a", "c", "b"))  # it has a copy less
+    assert gone.has_moved(("c", "a", "b"))
+
+
+def test_it_is_kept_as_it_was() -> None:
+    seen = view(a=OUT).settled_here().with_standings(view().standings)
+    assert decode(encode(seen), WEIGHTS, 1) == seen
+
+
+def test_other_settings_than_before() -> None:
+    """Nobody is known to go by the new SERVERS."""
+    note = encode(view().settled_here().agreed())
+    seen = decode(note, WEIGHTS[:2], 1)
+    assert seen.is_moving(("a", "b"))
+    assert seen.leaving == ("c",)
+    assert not seen.is_settled
+    assert seen.has_moved(("a", "b"))
+    assert not decode(note, WEIGHTS, 2).is_moving(NAMES)
+
+
+def test_digests_tell_views_apart() -> None:
+    views = [view(), view(copies=2), view(a=OUT), view(d=LEAVING), view(a=FILLING)]
+    assert len({seen.digest for seen in views}) == len(views)
+    moved = view(a=OUT).with_standings(view().standings)
+    assert moved.settled_here().agreed().digest == view().digest
