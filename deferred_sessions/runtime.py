@@ -188,7 +188,7 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
     )
     fleet, leases = servers.fleet, servers.leases
     claims = Claims(directory)
-    claims.on_waited = partial(_count_wait, counters)
+    claims.on_waited = counters.add_wait
     encoder = RowEncoder()
     refusals = Refusals(leases, encoder, codec, counters)
     writer = RecordWriter(
@@ -351,14 +351,6 @@ def build_runtime(settings: Settings, identity: str, serializer: type[Serializer
         node_cookie=_node_cookie(settings),
         site=site,
     )
-
-
-def _count_wait(counters: Counters, seconds: float, was_in_vain: bool) -> None:
-    """Count that somebody waited for a session that others held."""
-    counters.add(Counter.LOCK_WAITS)
-    counters.add(Counter.LOCK_WAIT_MILLISECONDS, round(1000 * seconds))
-    if was_in_vain:
-        counters.add(Counter.LOCK_TIMEOUTS)
 
 
 def build_adoption(engine: str) -> Adoption:

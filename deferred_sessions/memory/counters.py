@@ -107,6 +107,13 @@ class Counters:
         words = self._words or self._open()
         words[self._offset + counter] += amount
 
+    def add_wait(self, seconds: float, was_in_vain: bool) -> None:
+        """Count that somebody waited for a session that others held."""
+        self.add(Counter.LOCK_WAITS)
+        self.add(Counter.LOCK_WAIT_MILLISECONDS, round(1000 * seconds))
+        if was_in_vain:
+            self.add(Counter.LOCK_TIMEOUTS)
+
     def totals(self) -> dict[Counter, int]:
         """Return the sum over all processes, living and dead, for each counter."""
         words = self._words or self._open()
