@@ -43,10 +43,15 @@ class EmbeddedServer:
         return self._server.get_postmaster_info().process
 
     def kill(self, number: int) -> None:
-        """Send it a signal, SIGQUIT for an immediate end, and wait until it is dead."""
+        """Send it a signal, SIGQUIT for an immediate end, and wait until all of it is dead.
+
+        Its children notice by themselves; until they are gone it cannot be started again.
+        """
         process = self._server.get_postmaster_info().process
+        family = [process, *process.children(recursive=True)]
         process.send_signal(number)
-        process.wait()
+        for member in family:
+            member.wait()
 
     def start(self) -> None:
         """Start it again after it was killed; returns when it takes connections."""

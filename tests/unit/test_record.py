@@ -6,7 +6,7 @@ import math
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from deferred_sessions import lifecycle
@@ -226,5 +226,6 @@ def test_the_layout_has_its_number() -> None:
 
 @given(records)
 def test_a_record_does_not_tell_its_secrets(record: SessionRecord) -> None:
+    assume(record.key not in str(record.version))
     assert record.key not in repr(record)
     assert record.key not in repr([Dirty.of(record), [record]])
