@@ -250,8 +250,7 @@ class Fleet:
         except DeferredSessionsError:
             return {}
         standings = founded(found, time.time())
-        for standing in standings.values():
-            announce(self._servers.values(), standing)
+        announce(self._servers.values(), *standings.values())
         return standings
 
     def _has_passed_on(self, key: str, server: SessionServer) -> bool:
