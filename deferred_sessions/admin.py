@@ -33,6 +33,7 @@ from deferred_sessions.runtime import get_runtime
 from deferred_sessions.session_list import (
     LoggedInFilter,
     NodeFilter,
+    ServerFilter,
     SessionChangeList,
     SessionColumns,
     StateFilter,
@@ -44,7 +45,7 @@ from deferred_sessions.user_sessions import end_sessions, write_sessions
 
 DATA_PERMISSION: Final = "deferred_sessions.view_session_data"
 LOOKUPS: Final = frozenset(
-    {"user_id__exact", "created_at__gte", "created_at__lt", "state", "logged_in", "node"}
+    {"user_id__exact", "created_at__gte", "created_at__lt", "state", "logged_in", "node", "server"}
 )
 TEMPLATES: Final = "admin/deferred_sessions/session"
 STORED_SIZE: Final = Func(
@@ -56,7 +57,7 @@ STORED_SIZE: Final = Func(
 class SessionAdmin(SessionColumns, admin.ModelAdmin):  # type: ignore[type-arg]
     """Lists sessions, shows one, writes and ends them."""
 
-    list_filter = (StateFilter, LoggedInFilter, NodeFilter, "created_at")
+    list_filter = (ServerFilter, StateFilter, LoggedInFilter, NodeFilter, "created_at")
     search_fields = ("user_id",)
     search_help_text = _("User name or id; or the first 4 to 8 characters of a key.")
     ordering = ("-written_at",)
@@ -189,7 +190,7 @@ class SessionAdmin(SessionColumns, admin.ModelAdmin):  # type: ignore[type-arg]
         selected = list(queryset)
         sessions = {session.pk: session for session in selected}
         for user_id in {page.user_id for page in pages_of(selected, time.time())} - {""}:
-            for session in Session.objects.using(queryset.db).all().for_user(user_id):
+            for session in Session.objects.of_user(user_id):
                 sessions.setdefault(session.pk, session)
         return self._confirm_and_end(
             request, "revoke_all_of_user", list(sessions.values()), selected
@@ -237,7 +238,7 @@ class SessionAdmin(SessionColumns, admin.ModelAdmin):  # type: ignore[type-arg]
         """Show a session; do to it what was asked for."""
         if not self.has_view_permission(request):
             raise PermissionDenied
-        found = Session.objects.by_handle(unquote(object_id))
+        found = Session.objects.on_any_server(unquote(object_id))
         if found is None:
             self.message_user(request, _("This session is gone."), messages.WARNING)
             return HttpResponseRedirect(_address(self, "deferred_sessions_session_changelist"))
@@ -266,7 +267,7 @@ class SessionAdmin(SessionColumns, admin.ModelAdmin):  # type: ignore[type-arg]
         name = request.POST.get("action", "")
         if name not in self.get_actions(request):
             raise PermissionDenied
-        sessions = Session.objects.filter(pk=session.pk)
+        sessions = Session.objects.using(session._state.db).filter(pk=session.pk)  # noqa: SLF001
         answer: HttpResponse | None = getattr(self, name)(request, sessions)
         return answer
 

@@ -133,7 +133,8 @@ class Flusher:
 
         Sessions that were extended in memory are flushed first; what PostgreSQL could not
         take then, because it is locked or refused, is spared; so is for an hour what another
-        node has a lease of.
+        node has a lease of. While one of several servers is not in, nothing is deleted there:
+        it may come back with an old row of what has expired meanwhile, which must not win.
 
         Raises:
             ServerUnavailableError: PostgreSQL is away.
@@ -144,6 +145,12 @@ class Flusher:
             if report.failure:
                 raise ServerUnavailableError(report.failure)
             self._forget_expired(now)
+        if self._servers.has_gap():
+            logger.warning(
+                "A session server is not in: what has expired is deleted when it is back.",
+                extra={"action": "clearing_put_off"},
+            )
+            return
         spare = self._alive_in_memory(now)
         for server in self._servers.live():
             server.clear_expired(now, spare=spare, is_node=is_node)

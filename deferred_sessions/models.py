@@ -95,6 +95,13 @@ class SessionManager(BaseSessionManager.from_queryset(SessionQuerySet)):  # type
             if fleet.at(session.pk) is server
         ]
 
+    def on_any_server(self, handle: str) -> Session | None:
+        """Return the session that `handle` stands for, on whichever server it is."""
+        found = (
+            self.using(server.alias).by_handle(handle) for server in get_runtime().fleet.live()
+        )
+        return next(filter(None, found), None)
+
     def revoke_all(self, user: Any, keep: str | None = None) -> int:
         """Log `user` out everywhere, but for the session of the key `keep`; return how often.
 

@@ -223,6 +223,23 @@ class NodeFilter(SimpleListFilter):
         return queryset
 
 
+class ServerFilter(SimpleListFilter):
+    """By session server, where there are several; the first unless told otherwise."""
+
+    title = _("session server")
+    parameter_name = "server"
+
+    def lookups(self, request: HttpRequest, model_admin: ModelAdmin[Any]) -> Any:  # noqa: ARG002
+        """Return the choices; none, so that nothing is shown, where there is but one."""
+        fleet = get_runtime().fleet
+        return [] if fleet.only else [(server.alias, server.alias) for server in fleet.live()]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:  # noqa: ARG002
+        """Return the sessions of that server."""
+        live = {server.alias for server in get_runtime().fleet.live()}
+        return queryset.using(self.value()) if self.value() in live else queryset
+
+
 def matching(word: str) -> Q:
     """Return what finds the sessions of users like `word`, or whose key begins like it.
 

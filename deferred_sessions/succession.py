@@ -121,7 +121,10 @@ class Succession:
     @property
     def is_moving(self) -> bool:
         """Some node has yet to move, so hearts are to beat faster."""
-        return self._servers.only is None and not self._servers.view().is_agreed
+        if self._servers.only is not None:
+            return False
+        view = self._noted()  # which asks no server: a heart must not wait for another's
+        return view is None or not view.is_agreed
 
     def decide_once(self, now: float) -> bool:
         """Find out how the servers stand; return whether that is news for this node."""

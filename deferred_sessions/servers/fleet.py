@@ -164,6 +164,10 @@ class Fleet:
         view = self.view()
         return view.is_whole and not view.past
 
+    def has_gap(self) -> bool:
+        """Tell whether a server may lack something that others have."""
+        return self.only is None and self.view().oldest_gap() is not None
+
     def is_moving(self, key: str) -> bool:
         """Tell whether a node may not know yet which server decides about `key`."""
         return self.only is None and self.view().is_moving(self._placement.ranked(key))
@@ -251,8 +255,7 @@ class Fleet:
         except DeferredSessionsError:
             return {}
         standings = founded(found, time.time())
-        for standing in standings.values():
-            announce(self._servers.values(), standing)
+        announce(self._servers.values(), *standings.values())
         return standings
 
     def _has_passed_on(self, key: str, server: SessionServer) -> bool:

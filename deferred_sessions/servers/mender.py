@@ -107,16 +107,15 @@ class Mender:
         trusted, copies, ranked = self._view.trusted, self._view.copies, self._ranked
         found = []
         for key in keys:
-            before = 0  # how many homes it has that come before the target
+            before, authority, is_home = 0, "", False
             for server in ranked(key):
                 if server == target:
-                    if before < copies:
-                        found.append(key)
-                    break
-                before += server in trusted
-        if not source:
-            return found
-        return [key for key in found if self._view.authority(ranked(key)) == source]
+                    is_home = before < copies
+                elif server in trusted:
+                    before, authority = before + 1, authority or server
+            if is_home and source in ("", authority):
+                found.append(key)
+        return found
 
     def _deliver(self, source: str, stamps: Mapping[str, Stamp], target: str) -> int:
         """Copy what `target` lacks of these; return how many rows that were."""

@@ -16,15 +16,16 @@ from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import Standing
 
 
-def announce(servers: Iterable[SessionServer], standing: Standing) -> bool:
-    """Tell all of `servers` how one of them stands from now on; return whether any has heard.
+def announce(servers: Iterable[SessionServer], *standings: Standing) -> bool:
+    """Tell all of `servers` how some of them stand from now on; return whether any has heard.
 
-    Agents hear of it with their next heartbeat, and move to it.
+    Agents hear of it with their next heartbeat, and move to it. Each server hears of all at
+    once: a register that lacks a server would say that it was added.
     """
     has_heard = False
     for server in servers:
         with suppress(DeferredSessionsError), server.attempt():
-            Registry(server).write([standing])
+            Registry(server).write(standings)
             has_heard = True
     return has_heard
 

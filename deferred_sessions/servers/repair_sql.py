@@ -40,31 +40,22 @@ DELETIONS: Final[LiteralString] = """
 """What was deleted or changed by others, or truncated (no key), since then."""
 
 SEND: Final[LiteralString] = """
-    COPY (SELECT session_key, session_data, expire_date, version, fence, owner, user_id,
-                 created_at, written_at
-            FROM deferred_sessions_session
-           WHERE session_key = ANY(%s::text[]))
-      TO STDOUT (FORMAT BINARY)
+    SELECT array_agg(session_key::text), array_agg(session_data), array_agg(expire_date),
+           array_agg(version), array_agg(fence), array_agg(owner), array_agg(user_id::text),
+           array_agg(created_at), array_agg(written_at)
+      FROM (SELECT * FROM deferred_sessions_session
+             WHERE session_key = ANY(%b::text[]) ORDER BY session_key) AS sent
 """
-"""Whole rows, as bytes for another server."""
-
-ARRIVE: Final[LiteralString] = """
-    CREATE TEMPORARY TABLE IF NOT EXISTS deferred_sessions_arriving (
-        session_key varchar(40) COLLATE "C", session_data text, expire_date timestamptz,
-        version bigint, fence bigint, owner text, user_id varchar(255),
-        created_at timestamptz, written_at timestamptz
-    ) ON COMMIT DROP
-"""
-"""Where they are put down."""
-
-RECEIVE: Final[LiteralString] = "COPY deferred_sessions_arriving FROM STDIN (FORMAT BINARY)"
-"""Take those bytes."""
+"""Whole rows, column by column."""
 
 PUT: Final[LiteralString] = """
     INSERT INTO deferred_sessions_session AS stored
            (session_key, session_data, expire_date, version, fence, owner, user_id, created_at,
             written_at)
-    SELECT * FROM deferred_sessions_arriving ORDER BY session_key
+    SELECT *
+      FROM unnest(%b::text[], %b::text[], %b::timestamptz[], %b::int8[], %b::int8[], %b::text[],
+                  %b::text[], %b::timestamptz[], %b::timestamptz[])
+     WHERE (SELECT set_config('deferred_sessions.node', '-', true)) IS NOT NULL
         ON CONFLICT (session_key) DO UPDATE
        SET session_data = excluded.session_data, expire_date = excluded.expire_date,
            version = excluded.version, fence = excluded.fence, owner = excluded.owner,
@@ -74,9 +65,6 @@ PUT: Final[LiteralString] = """
            < (excluded.fence, excluded.version, excluded.expire_date)
 """
 """Put them in their places, where there is none or an older one."""
-
-SILENCE: Final[LiteralString] = "SELECT set_config('deferred_sessions.node', '-', true)"
-"""Have the triggers keep quiet about this transaction."""
 
 REMOVE: Final[LiteralString] = """
     DELETE FROM deferred_sessions_session AS stored
@@ -91,10 +79,12 @@ REMOVE: Final[LiteralString] = """
 ENDED: Final[LiteralString] = """
     SELECT key
       FROM unnest(%b::text[], %b::float8[]) AS asked (key, written_at)
-     WHERE EXISTS (SELECT 1
+     WHERE key IN (SELECT session_key
                      FROM deferred_sessions_revocation
-                    WHERE session_key = key
-                       OR (session_key IS NULL AND made_at > to_timestamp(written_at)))
+                    WHERE session_key = ANY(%b::text[]))
+        OR to_timestamp(written_at) < (SELECT max(made_at)
+                                         FROM deferred_sessions_revocation
+                                        WHERE session_key IS NULL)
 """
 """Which of these sessions, that have no row here, somebody ended; with when they were written,
 because who empties the table does not mean what comes later."""

@@ -198,17 +198,17 @@ class Resync:
         if server in view.filling:
             self._tell(Standing(server, number + 1, IN, now))
             mine.change(sql.LEAVE, [UNTIDY, server, number + 1, me])
-            message, action = FILLED, "server_filled"
+            message, extra = FILLED, {"action": "server_filled"}
         elif server in view.leaving:
             if self._shelves(view)[server].page(""):  # what changed while it was looked at
                 mine.change(sql.LEAVE, [UNTIDY, server, number, me])
                 return
             self._tell(Standing(server, number + 1, GONE, now))
-            message, action = EMPTIED, "server_emptied"
+            message, extra = EMPTIED, {"action": "server_emptied"}
         else:
             mine.change(sql.LEAVE, ["", server, number, me])
-            message, action = TIDIED, "servers_in_order"
-        extra = {"action": action, "server": server, "copied": copied, "removed": removed}
+            message, extra = TIDIED, {"action": "servers_in_order"}
+        extra["server"] = server
         logger.warning(message, server, looked_at, copied, removed, extra=extra)
 
     def _tell(self, standing: Standing) -> None:

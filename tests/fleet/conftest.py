@@ -89,7 +89,9 @@ class Fleet:
         """Wait until all servers that run know of each other: who has sessions before is old."""
         names = set(self.settings["SERVERS"])
         wait_until(
-            lambda: all(names <= record.keys() for record in self.phases()),
+            lambda: all(
+                names <= server.phases().keys() for server in self.live() if server.alias in names
+            ),
             what="the register of servers",
         )
 

@@ -18,7 +18,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from deferred_sessions.exceptions import ServerUnavailableError, SessionBusy
+from deferred_sessions.exceptions import (
+    ServerUnavailableError,
+    SessionAwayError,
+    SessionBusy,
+)
 from tests.cluster.conftest import Process
 from tests.fleet.conftest import Fleet, FleetHost
 from tests.processes.conftest import wait_until
@@ -30,7 +34,7 @@ FAULTS = (
     *("server killed", "server killed", "server hangs"),
     *("process killed", "node killed", "process stopped"),
 )
-EXCUSED = {ServerUnavailableError.__name__, SessionBusy.__name__}
+EXCUSED = {error.__name__ for error in (ServerUnavailableError, SessionAwayError, SessionBusy)}
 
 
 class Fault(NamedTuple):

@@ -6,14 +6,18 @@ import time
 
 import pytest
 
-from deferred_sessions.exceptions import ServerUnavailableError, SessionBusy
+from deferred_sessions.exceptions import (
+    ServerUnavailableError,
+    SessionAwayError,
+    SessionBusy,
+)
 from tests.cluster.conftest import NodeError, Process
 from tests.fleet.conftest import Fleet, FleetHost
 from tests.fleet.servers import CONNECT_TIMEOUT
 from tests.processes.conftest import wait_until
 
 SESSIONS = 30
-EXCUSED = {ServerUnavailableError.__name__, SessionBusy.__name__}
+EXCUSED = {error.__name__ for error in (ServerUnavailableError, SessionAwayError, SessionBusy)}
 PATIENCE = CONNECT_TIMEOUT + 1.0 + 2.0 + 1.5
 """Seconds that a request may take: to connect, SERVER_TIMEOUT, the wait for the next view of
 the servers, and what a machine with two cores needs for all the rest."""
@@ -42,13 +46,13 @@ def test_e06_a_session_server_dies_and_returns(fleet: Fleet, copies: int) -> Non
     hosts = [fleet.host(name) for name in "nm"]
     keys = [key for host in hosts for key in host.process()("create_many", SESSIONS // 2)]
     nodes = [host.visited(keys, visitors=2) for host in hosts]
-    still_served(fleet, nodes[0], 1.0)
+    still_served(fleet, nodes[0], 0.5)
 
     began = time.monotonic()
     fleet["a"].kill()
     fleet.wait_until_out("a")
     out = time.monotonic() - began
-    still_served(fleet, nodes[0], 2.0)
+    still_served(fleet, nodes[0], 1.0)
     began = time.monotonic()
     fleet["a"].start()
     fleet.wait_until_whole()
@@ -80,7 +84,7 @@ def test_e06_what_nobody_holds(fleet: Fleet) -> None:
     fleet.wait_until_out("a")
     for number, key in enumerate(keys):
         if places[key] == ["a"]:
-            with pytest.raises(NodeError, match="ServerUnavailableError"):
+            with pytest.raises(NodeError, match="SessionAwayError"):
                 process("load", key)
         else:
             assert process("load", key) == {"n": number}
@@ -123,10 +127,9 @@ def test_e06_two_servers_dead_at_once(fleet: Fleet) -> None:
     assert {len(aliases) for aliases in fleet.where().values()} == {2}
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_e06_a_server_hangs(fleet: Fleet, copies: int) -> None:
+def test_e06_a_server_hangs(fleet: Fleet) -> None:
     """E06: it takes connections and never answers: every request ends within its time."""
-    fleet.settings["COPIES"] = copies
+    fleet.settings["COPIES"] = 2
     host: FleetHost = fleet.host("n")
     process = host.visited(host.process()("create_many", SESSIONS), visitors=2)
     waiting = host.process()
@@ -151,7 +154,7 @@ def test_e06_a_server_hangs(fleet: Fleet, copies: int) -> None:
     fleet.wait_until_whole()
     sessions = settle(fleet, [process])
     verdict = fleet.verdict()
-    print(f"hangs, COPIES {copies}: a request took {longest:.2f} s at most, {after:.3f} s later on")
+    print(f"hangs: a request took {longest:.2f} s at most, {after:.3f} s later on")
     print(verdict)
     assert {name for key, name in failed.items()} <= EXCUSED
     assert all(places[key] == ["a"] for key in failed)

@@ -36,7 +36,7 @@ def place(alias: str) -> dict[str, Any]:
     """Return an entry of DATABASES for a database beside the one of the tests."""
     return {
         **connection.settings_dict,
-        "NAME": f"{alias}_{os.getpid()}",
+        "NAME": f"fleet_{alias}_{os.getpid()}",
         "OPTIONS": {"connect_timeout": 2},
         "TEST": dict(connection.settings_dict["TEST"]),
     }

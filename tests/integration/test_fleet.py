@@ -11,17 +11,22 @@ from typing import Any
 import pytest
 from django.core.management import call_command
 from django.db import connections
+from django.test import Client
+from django.urls import reverse
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.dashboard import snapshot
 from deferred_sessions.exceptions import ServerUnavailableError, SessionAwayError
+from deferred_sessions.handles import handle_of
 from deferred_sessions.membership import VIEW
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.leases import Leases
 from deferred_sessions.servers.registry import Registry, announce
 from deferred_sessions.servers.rows import Answer
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import FILLING, IN, LEAVING, Standing
+from deferred_sessions.session_list import ServerFilter
 from tests.integration.conftest import change, created, forget, record, second_connection
 from tests.integration.fleets import ALIASES, Servers, _databases, servers  # noqa: F401
 
@@ -165,6 +170,19 @@ def test_a_transaction_on_one_of_them(servers: Servers) -> None:  # noqa: F811
     assert sum(servers.counts()) == 24
     for session in sessions:
         assert loaded(session) == {"n": 1}
+
+
+def test_a_session_in_memory_costs_what_it_did(
+    servers: Servers,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To load and to save it, nobody looks at which servers there are."""
+    session = created(n=1)
+    looks: list[int] = []
+    monkeypatch.setattr(Fleet, "view", lambda self: looks.append(1))
+    change(session, n=2)
+    assert loaded(session) == {"n": 2}
+    assert looks == []
 
 
 # A server fails
@@ -615,3 +633,22 @@ def test_commands_ask_all_servers(servers: Servers) -> None:  # noqa: F811
     call_command("sessionnodes", "--refused", stdout=out)
     found = snapshot("15m", time.time())
     assert (len(found["nodes"]), found["refused"]) == (1, 0)
+
+
+def test_the_admin_shows_each_server(
+    servers: Servers,  # noqa: F811
+    admin_client: Client,
+) -> None:
+    """A filter, which is not there for one server; and any session by its handle."""
+    session = created_at(servers, C, _auth_user_id="7")
+    address = reverse("admin:deferred_sessions_session_changelist")
+    page = admin_client.get(address, {"server": C})
+    listed = [each.pk for each in page.context["cl"].result_list]
+    assert session.session_key in listed
+    assert all(servers.authority(key) == C for key in listed)
+    handle = handle_of(session.session_key or "")
+    one = reverse("admin:deferred_sessions_session_change", args=[handle])
+    assert admin_client.get(one).status_code == 200
+    assert admin_client.post(one, {"action": "flush_now"}).status_code == 302
+    servers.tune(SERVERS=[A])
+    assert ServerFilter.lookups(None, None, None) == []  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ OURS = {
     "deferred_sessions_waiter",
     "deferred_sessions_refused_write",
     "deferred_sessions_adopted",
+    "deferred_sessions_server",
 }
 
 SAVE = """
