@@ -126,10 +126,6 @@ def remove(server: SessionServer, keys: Sequence[str]) -> None:
     server.run(fleet_sql.REMOVE, [sorted(keys)])
 
 
-def _copy(columns: Columns, now: float, server: SessionServer) -> None:
-    copy(server, columns, server.owner(), now)
-
-
 def _delete(keys: Sequence[str], server: SessionServer) -> None:
     server.delete(keys)
 

@@ -90,7 +90,8 @@ def test_taken_over_in_the_moment_of_the_revival(
     a.membership.beat_once(time.time())
     kill(a)
     a.store.update(key, lambda _: None)
-    real = a.leases.beat
+    leases = a.membership.at("default")._leases
+    real = leases.beat
 
     def beat(traits: Any, word: str = "beat") -> Any:
         if word == "revive":
@@ -102,7 +103,7 @@ def test_taken_over_in_the_moment_of_the_revival(
             named(b.server.owner()).release({key: granted_to(key)[1]})
         return real(traits, word)
 
-    monkeypatch.setattr(a.leases, "beat", beat)
+    monkeypatch.setattr(leases, "beat", beat)
     a.membership.beat_once(time.time())
     a.close()
     as_node("a")
@@ -240,7 +241,8 @@ def test_the_others_wait_for_who_asks(
     a.pulse.beat(moment() - 60)
     found: list[Any] = []
     waits = threading.Event()
-    real_beat, real_late = a.leases.beat, a.pulse.is_late
+    leases = a.membership.at("default")._leases
+    real_beat, real_late = leases.beat, a.pulse.is_late
 
     def load() -> None:
         found.append(SessionStore(session.session_key).load()["n"])
@@ -259,7 +261,7 @@ def test_the_others_wait_for_who_asks(
 
     other = threading.Thread(target=load)
     monkeypatch.setattr(a.pulse, "is_late", is_late)
-    monkeypatch.setattr(a.leases, "beat", beat)
+    monkeypatch.setattr(leases, "beat", beat)
     assert SessionStore(session.session_key).load()["n"] == 2
     other.join()
     assert found == [2]
