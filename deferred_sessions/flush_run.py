@@ -74,6 +74,10 @@ class FlushRun:
         except ServerUnavailableError as error:
             self._fail(error)
 
+    def is_ready(self) -> bool:
+        """Tell whether `take` need not wait for what is under way."""
+        return self._stream is None or not self._under_way or self._stream.is_ready()
+
     def take(self, batch: Sequence[Dirty]) -> None:
         """Write `batch`, or get it under way; `finish` waits for that."""
         stream = self._stream

@@ -93,6 +93,11 @@ class Fleet:
         homes = self.view().homes(self._placement.ranked(key))
         return tuple([self._servers[alias] for alias in homes])
 
+    def has_further_homes(self) -> bool:
+        """Tell whether any session belongs on more than one server now."""
+        view = self.view()
+        return self.only is None and (view.copies > 1 or bool(view.filling))
+
     def further_homes(self, keys: Sequence[str]) -> dict[SessionServer, list[int]]:
         """Return the homes of `keys` beside their authorities, each with the places of its keys."""
         further: dict[SessionServer, list[int]] = {}

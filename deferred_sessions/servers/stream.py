@@ -65,6 +65,14 @@ class StatementStream:
             self._connection.close()
             raise
 
+    def is_ready(self) -> bool:
+        """Tell whether `rows` would answer at once; also true if it would fail at once."""
+        try:
+            self._pgconn.consume_input()
+            return not self._pgconn.is_busy()
+        except psycopg.Error:
+            return True
+
     def rows(self) -> int:
         """Wait for the statement that was sent, and return how many rows it wrote.
 

@@ -16,8 +16,10 @@ from django.db import connection, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.test import override_settings
 
+from deferred_sessions.backend import SessionStore
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
+from tests.integration.conftest import created
 from tests.plugins.postgres import database_url
 
 ALIASES = ("sessions_a", "sessions_b", "sessions_c")
@@ -42,7 +44,7 @@ def place(alias: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _databases(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
     """Three databases with our tables."""
     server = database_url().rpartition("/")[0]
@@ -170,3 +172,29 @@ def servers(
     """Three session servers, and sessions on one of them each."""
     with allowed(), as_fleet(tune) as found:
         yield found
+
+
+def created_at(servers: Servers, alias: str, **values: Any) -> SessionStore:
+    """Return a session that one of the servers decides about."""
+    while True:
+        session = created(**values)
+        if servers.authority(session.session_key) == alias:
+            return session
+
+
+def flush(servers: Servers, everything: bool = True) -> Any:
+    return servers.runtime.flusher.flush_once(time.time(), everything=everything)
+
+
+def loaded(session: SessionStore) -> dict[str, Any]:
+    return dict(SessionStore(session.session_key).load())
+
+
+def settled(servers: Servers, **settings: Any) -> Servers:
+    """Have an agent found the site."""
+    if settings:
+        servers.tune(**settings)
+    servers.beat(3)
+    assert servers.phases() == "in in in"
+    assert servers.runtime.fleet.view().is_agreed
+    return servers
