@@ -27,7 +27,7 @@ from tests.cluster.conftest import Process
 from tests.fleet.conftest import Fleet, FleetHost
 from tests.processes.conftest import wait_until
 
-SECONDS = float(os.environ.get("FLEET_FAULT_SECONDS", "15"))
+SECONDS = float(os.environ.get("FLEET_FAULT_SECONDS", "12"))
 SEED = int(os.environ.get("FLEET_FAULT_SEED", "1"))
 SESSIONS, VISITORS = 12, 2
 FAULTS = (

@@ -18,7 +18,7 @@ from tests.processes.conftest import wait_until
 
 SESSIONS = 30
 EXCUSED = {error.__name__ for error in (ServerUnavailableError, SessionAwayError, SessionBusy)}
-PATIENCE = CONNECT_TIMEOUT + 1.0 + 2.0 + 1.5
+PATIENCE = CONNECT_TIMEOUT + 1.0 + 2.0 + 5.0
 """Seconds that a request may take: to connect, SERVER_TIMEOUT, the wait for the next view of
 the servers, and what a machine with two cores needs for all the rest."""
 

@@ -156,7 +156,8 @@ class Site:
         for process in (*self._to_kill, *self._processes):
             for pipe in (process.stdin, process.stdout, process.stderr):
                 if pipe is not None:
-                    pipe.close()
+                    with suppress(BrokenPipeError):  # what was asked of a process that was killed
+                        pipe.close()
 
 
 @pytest.fixture
