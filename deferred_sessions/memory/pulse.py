@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from deferred_sessions.exceptions import StoreUnavailableError
 from deferred_sessions.memory.directory import make_private
 
 _clock_gettime, _BOOTTIME = time.clock_gettime, time.CLOCK_BOOTTIME
@@ -129,15 +130,24 @@ class Pulse:
         (self._words or self._open())[WANTED] = count
 
     def _open(self) -> memoryview[float]:
+        try:
+            self._words = self._map_file()
+        except OSError as error:
+            raise StoreUnavailableError(
+                f"Cannot open the session store in {self._path.parent}: {error.strerror}. "
+                "Make room, or name another DEFERRED_SESSIONS['DIRECTORY']."
+            ) from error
+        return self._words
+
+    def _map_file(self) -> memoryview[float]:
         make_private(self._path.parent)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self._path, flags, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, SIZE)
-            self._words = memoryview(mmap.mmap(descriptor, SIZE)).cast("d")
+            return memoryview(mmap.mmap(descriptor, SIZE)).cast("d")
         finally:
             os.close(descriptor)
-        return self._words
 
     def close(self) -> None:
         """Unmap; the next use maps it again."""

@@ -64,6 +64,7 @@ class Fleet:
         self.directory = directory
         self.settings: dict[str, Any] = {"SERVERS": list(servers), "COPIES": 1}
         self.hosts: list[FleetHost] = []
+        self._known: set[str] = set()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,12 +89,15 @@ class Fleet:
     def wait_until_known(self) -> None:
         """Wait until all servers that run know of each other: who has sessions before is old."""
         names = set(self.settings["SERVERS"])
+        if names <= self._known:  # a server may be dying just now
+            return
         wait_until(
             lambda: all(
                 names <= server.phases().keys() for server in self.live() if server.alias in names
             ),
             what="the register of servers",
         )
+        self._known |= names
 
     def wait_until_out(self, *aliases: str) -> None:
         """Wait until all servers that run know that these are not used."""

@@ -157,7 +157,7 @@ def test_e06_a_server_hangs(fleet: Fleet) -> None:
     print(f"hangs: a request took {longest:.2f} s at most, {after:.3f} s later on")
     print(verdict)
     assert {name for key, name in failed.items()} <= EXCUSED
-    assert all(places[key] == ["a"] for key in failed)
+    assert all("a" in places[key] for key in failed)
     assert longest < PATIENCE
     assert after < 0.5
     assert verdict.wrong(sessions) == []
