@@ -29,7 +29,7 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import NEVER, Policy
 from deferred_sessions.record import SessionRecord
-from deferred_sessions.report import POLLER, FlushReport
+from deferred_sessions.report import AGENT, POLLER, FlushReport
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.moves import Moves
 from deferred_sessions.servers.server import SessionServer
@@ -39,6 +39,7 @@ from deferred_sessions.writer import RecordWriter
 logger = logging.getLogger(__name__)
 
 STUCK_AFTER: Final = 120.0  # seconds that the longest run may take unremarked
+LOG_INTERVAL: Final = 60.0  # seconds between complaints of an agent that keeps trying
 NOTE: Final = "flush"  # the name under which the last report is left for the node
 
 
@@ -66,6 +67,7 @@ class Flusher:
         self._revocations = revocations
         self._batch_size = batch_size
         self._adopted_for = adopted_for
+        self._complained_at = 0.0
         self._lock = ProcessLock(store.directory / "flush.lock")
         self.journal = JournalKeeper(store=store, flush=self._flush_all, age=journal_age)
         """Whose logs can be reset when all is flushed."""
@@ -236,15 +238,22 @@ class Flusher:
 
         return FlushRuns(self._servers, run)
 
+    def _complain_of(self, report: FlushReport) -> None:
+        """Say that a run failed; an agent that tries again and again says so now and then."""
+        if report.by == AGENT and 0 <= report.at - self._complained_at < LOG_INTERVAL:
+            return
+        self._complained_at = report.at
+        logger.warning(
+            "Flush failed, %d sessions stay dirty: %s",
+            report.remaining,
+            report.failure,
+            extra={"action": "flush_failed"},
+        )
+
     def _announce(self, report: FlushReport) -> None:
         if report.failure:
             self._counters.add(Counter.FLUSH_FAILURES)
-            logger.warning(
-                "Flush failed, %d sessions stay dirty: %s",
-                report.remaining,
-                report.failure,
-                extra={"action": "flush_failed"},
-            )
+            self._complain_of(report)
         if report.rows:
             self._counters.add(Counter.FLUSHES)
             session_flushed.send_robust(sender=Flusher, report=report)
