@@ -7,7 +7,8 @@ what an agent is at already, they only watch.
 from __future__ import annotations
 
 import time
-from typing import Final
+from argparse import ArgumentParser
+from typing import Any, Final
 
 from django.core.management.base import BaseCommand, CommandError
 
@@ -25,12 +26,30 @@ LINE: Final = "{:24} {:8} {:>12} {:>18} {:>12}"
 class RepairCommand(BaseCommand):
     """A command that puts the sessions of several servers in order."""
 
-    def repair(self, runtime: Runtime, *, leaving: bool) -> None:
+    empties_leaving: bool
+    """It also moves away what is on servers that SERVERS does not name any more."""
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Define the options."""
+        parser.add_argument(
+            "--check", action="store_true", help="only say what there is to do; change nothing"
+        )
+
+    def handle(self, **options: Any) -> None:
+        """Repair, or look."""
+        runtime = _runtime_of_several()
+        if options["check"]:
+            self._compare(runtime)
+        else:
+            runtime.resync.begin()
+            self._repair_all(runtime)
+
+    def _repair_all(self, runtime: Runtime) -> None:
         """Repair until nothing is left to do, and say what that came to."""
         resync, began = runtime.resync, time.monotonic()
         try:
             self._refuse_servers_that_are_out(runtime)
-            done = self._repair(resync, leaving=leaving)
+            done = self._repair(resync, leaving=self.empties_leaving)
         except DeferredSessionsError as error:
             raise CommandError(f"Run it again, or leave the rest to the agents: {error}") from error
         seconds = time.monotonic() - began
@@ -40,7 +59,7 @@ class RepairCommand(BaseCommand):
             "belong"
         )
 
-    def compare(self, runtime: Runtime) -> None:
+    def _compare(self, runtime: Runtime) -> None:
         """Print what there would be to do."""
         found: dict[str, Tally] = {}
         resync, view = runtime.resync, runtime.fleet.view()
@@ -83,7 +102,7 @@ class RepairCommand(BaseCommand):
             )
 
 
-def runtime_of_several() -> Runtime:
+def _runtime_of_several() -> Runtime:
     """Return the runtime, if there is something to put in order at all.
 
     Raises:

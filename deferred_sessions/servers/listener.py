@@ -56,17 +56,6 @@ class Listener:
         self._connection: psycopg.Connection[Any] | None = None
         self._try_at = 0.0
 
-    def __enter__(self) -> Listener:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-
     def wait(self, seconds: float, stop: threading.Event) -> set[str]:
         """Wait until told, or for `seconds`; return what it was told."""
         connection = self._connection or self._open()
@@ -77,7 +66,7 @@ class Listener:
             return {word.payload for word in connection.notifies(timeout=seconds, stop_after=1)}
         except psycopg.Error as error:
             logger.info("Listening was interrupted: %s", error, extra={"action": "not_listening"})
-            self._close()
+            self.close()
             stop.wait(seconds)
             return set()
 
@@ -85,10 +74,6 @@ class Listener:
         """Return what can be polled for words; connect if it is time to; None if that failed."""
         connection = self._connection or self._open()
         return None if connection is None else connection.fileno()
-
-    def close(self) -> None:
-        """Listen no more."""
-        self._close()
 
     def _open(self) -> psycopg.Connection[Any] | None:
         """Connect as Django does, and listen; None if it is too early to try again."""
@@ -101,10 +86,11 @@ class Listener:
             self._connection.execute(f"LISTEN {CHANNEL}")
             self._connection.execute(f"LISTEN {channel_of(self._node())}".encode())
         except psycopg.Error:
-            self._close()
+            self.close()
         return self._connection
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Listen no more."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()

@@ -198,3 +198,13 @@ def settled(servers: Servers, **settings: Any) -> Servers:
     assert servers.phases() == "in in in"
     assert servers.runtime.fleet.view().is_agreed
     return servers
+
+
+@pytest.fixture(autouse=True)
+def _is_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deferred_sessions.servers.fleet.PATIENCE", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _fleet(servers: Servers) -> None:
+    """All of these tests have three servers."""

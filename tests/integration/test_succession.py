@@ -24,6 +24,8 @@ from tests.integration.fleets import (
     ALIASES,
     Servers,
     _databases,  # noqa: F401 - a fixture
+    _fleet,  # noqa: F401 - a fixture
+    _is_impatient,  # noqa: F401 - a fixture
     created_at,
     flush,
     loaded,
@@ -33,16 +35,6 @@ from tests.integration.fleets import (
 
 pytestmark = pytest.mark.django_db(transaction=True)
 A, B, C = ALIASES
-
-
-@pytest.fixture(autouse=True)
-def _is_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deferred_sessions.servers.fleet.PATIENCE", 0.0)
-
-
-@pytest.fixture(autouse=True)
-def _fleet(servers: Servers) -> None:  # noqa: F811
-    """All of these tests have three servers."""
 
 
 @contextmanager
