@@ -7,7 +7,7 @@ connection. The flush finds what is due, encodes it, sends it and marks it clean
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import psycopg
@@ -150,9 +150,7 @@ class Bench:
                     raise RuntimeError("The statement did not write everything.")
 
     def _parameters(self, columns: Columns) -> Sequence[object]:
-        server: Callable[..., Sequence[object]]
-        server = self._runtime.flusher._server.update_parameters  # noqa: SLF001
-        return server(columns, time.time())
+        return self._runtime.server.update_parameters(columns, time.time())
 
     def _vacuum(self) -> None:
         """Let every turn find a table like the one before did."""

@@ -122,11 +122,11 @@ class _Turn:
         run.start_streaming()
 
     def collect(self, part: Sequence[Dirty], size: int) -> None:
-        """Have `part` written, with others in a batch of about this size."""
+        """Have `part` written, with others in batches of this size."""
         self._collected += part
-        if len(self._collected) >= size:
-            self._waiting.append(self._collected)
-            self._collected = []
+        while len(self._collected) >= size:
+            self._waiting.append(self._collected[:size])
+            self._collected = self._collected[size:]
         self._go_on(most=WAITING)
 
     def is_finished(self) -> bool:

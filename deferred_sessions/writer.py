@@ -243,18 +243,22 @@ class RecordWriter:
 
     def _spread(self, outcome: Outcome, now: float) -> None:
         """Have the further homes know; what they miss stays dirty."""
-        taken = sorted([*outcome.written, *(dirty for dirty, *_ in outcome.repeated)])
-        missed = self._copies.write_some(
-            [dirty.key for dirty in taken],
-            lambda places: self.columns([taken[place] for place in places]),
-            now,
-        )
+        missed = self._copy(outcome, now) if self._servers.has_further_homes() else set()
         if outcome.deleted:
             missed |= self._copies.delete([dirty.key for dirty in outcome.deleted])
         if outcome.vanished:
             self._copies.remove([dirty.key for dirty in outcome.vanished])
         if missed:
             outcome.miss(missed)
+
+    def _copy(self, outcome: Outcome, now: float) -> set[str]:
+        """Send what was written to its further homes; return the keys that some of them lack."""
+        taken = sorted([*outcome.written, *(dirty for dirty, *_ in outcome.repeated)])
+        return self._copies.write_some(
+            [dirty.key for dirty in taken],
+            lambda places: self.columns([taken[place] for place in places]),
+            now,
+        )
 
     def _tell(self, outcome: Outcome) -> None:
         self._refusals.tell(outcome.fenced)

@@ -54,6 +54,7 @@ class Fleet:
         self.copies = copies
         self.weights = tuple(sorted(weights.items()))
         self._placement = Placement(weights)
+        self._ranked = self._placement.remembered
         self._make = make
         self._is_known = is_known
         self._note = note
@@ -84,13 +85,13 @@ class Fleet:
         """Return the server whose row decides about `key`."""
         if self.only is not None:
             return self.only
-        return self._servers[self.view().authority(self._placement.ranked(key))]
+        return self._servers[self.view().authority(self._ranked(key))]
 
     def homes(self, key: str) -> tuple[SessionServer, ...]:
         """Return the servers that are to hold `key` now; the authority first."""
         if self.only is not None:
             return (self.only,)
-        homes = self.view().homes(self._placement.ranked(key))
+        homes = self.view().homes(self._ranked(key))
         return tuple([self._servers[alias] for alias in homes])
 
     def has_further_homes(self) -> bool:
@@ -103,7 +104,7 @@ class Fleet:
         further: dict[SessionServer, list[int]] = {}
         if self.only is not None:
             return further
-        view, ranked = self.view(), self._placement.ranked
+        view, ranked = self.view(), self._ranked
         if view.copies > 1 or view.filling:
             for index, key in enumerate(keys):
                 for alias in view.homes(ranked(key))[1:]:
@@ -111,7 +112,10 @@ class Fleet:
         return further
 
     def ranked(self, key: str) -> tuple[str, ...]:
-        """Return all of SERVERS in the order in which they would hold `key`."""
+        """Return all of SERVERS in the order in which they would hold `key`.
+
+        For walks through all sessions: it leaves alone what is remembered of those in use.
+        """
         return self._placement.ranked(key)
 
     def by_authority(
@@ -120,11 +124,11 @@ class Fleet:
         """Return `items` in parts, each with the server that decides about its keys."""
         if self.only is not None:
             return [(self.only, items)] if items else []
-        view, parts = self.view(), dict[str, list[T]]()
+        view, ranked = self.view(), self._ranked
+        parts: dict[str, list[T]] = {alias: [] for alias in sorted(view.trusted)}
         for item in items:
-            alias = view.authority(self._placement.ranked(key(item)))
-            parts.setdefault(alias, []).append(item)
-        return [(self._servers[alias], part) for alias, part in sorted(parts.items())]
+            parts[view.authority(ranked(key(item)))].append(item)
+        return [(self._servers[alias], part) for alias, part in parts.items() if part]
 
     def retried(self, key: str, work: Callable[[SessionServer], T]) -> T:
         """Return what `work` says of the authority of `key`; of the next one if that is away.
@@ -175,7 +179,7 @@ class Fleet:
 
     def is_moving(self, key: str) -> bool:
         """Tell whether a node may not know yet which server decides about `key`."""
-        return self.only is None and self.view().is_moving(self._placement.ranked(key))
+        return self.only is None and self.view().is_moving(self._ranked(key))
 
     def live(self) -> list[SessionServer]:
         """Return the servers that are not out."""

@@ -40,6 +40,8 @@ class Standing(NamedTuple):
 
 
 Standings = Mapping[str, Standing]
+Rank = tuple[str, ...]
+"""All of SERVERS in the order in which they are to hold a key."""
 
 
 class Layout(NamedTuple):
@@ -129,6 +131,11 @@ class View:
         return self.trusted == set(self.names) and not self.leaving
 
     @cached_property
+    def _authorities(self) -> dict[Rank, str]:
+        """What `authority` has found: there are few ranks and many keys."""
+        return {}
+
+    @cached_property
     def layout(self) -> Layout:
         """What the homes of each key follow from."""
         return Layout(self.servers, self.copies, tuple(sorted(self.trusted)))
@@ -150,25 +157,28 @@ class View:
         standing = self.standings.get(server)
         return IN if standing is None else standing.phase
 
-    def homes(self, ranked: Sequence[str]) -> tuple[str, ...]:
+    def homes(self, ranked: Rank) -> tuple[str, ...]:
         """Return the servers that are to hold a key which is `ranked` so; the authority first."""
         homes = trusted_homes(ranked, self.trusted, self.copies)
         if not self.filling:
             return homes
         return (*homes, *(server for server in ranked if self.is_filled_with(server, ranked)))
 
-    def authority(self, ranked: Sequence[str]) -> str:
+    def authority(self, ranked: Rank) -> str:
         """Return the server whose row decides."""
-        trusted = self.trusted
-        return next(server for server in ranked if server in trusted)
+        authority = self._authorities.get(ranked)
+        if authority is None:
+            authority = next(server for server in ranked if server in self.trusted)
+            self._authorities[ranked] = authority
+        return authority
 
-    def is_filled_with(self, server: str, ranked: Sequence[str]) -> bool:
+    def is_filled_with(self, server: str, ranked: Rank) -> bool:
         """Tell whether `server`, which is filling, will be a home of a key when it is in."""
         if server not in self.filling:
             return False
         return server in trusted_homes(ranked, self.trusted | {server}, self.copies)
 
-    def is_moving(self, ranked: Sequence[str]) -> bool:
+    def is_moving(self, ranked: Rank) -> bool:
         """Tell whether the authority of a key has changed, and a node may not have moved yet."""
         if not self.past:
             return False
@@ -178,7 +188,7 @@ class View:
             for layout in self.past
         )
 
-    def has_moved(self, ranked: Sequence[str]) -> bool:
+    def has_moved(self, ranked: Rank) -> bool:
         """Tell whether the homes of a key are others than when this node settled last."""
         old = self.settled
         if old is None or old.servers != self.servers or old.copies != self.copies:
@@ -187,7 +197,7 @@ class View:
             ranked, self.trusted, self.copies
         )
 
-    def has_changed_hands(self, ranked: Sequence[str]) -> bool:
+    def has_changed_hands(self, ranked: Rank) -> bool:
         """Tell whether another server decides about a key than when this node settled last."""
         old = self.settled
         if old is None or old.servers != self.servers:
@@ -238,7 +248,7 @@ class View:
         return tuple(name for name in self.names if self.phase(name) == phase)
 
 
-def trusted_homes(ranked: Sequence[str], trusted: Iterable[str], copies: int) -> tuple[str, ...]:
+def trusted_homes(ranked: Rank, trusted: Iterable[str], copies: int) -> tuple[str, ...]:
     """Return the first of the ranking that are trusted, as many as there are copies."""
     among = trusted if isinstance(trusted, frozenset) else frozenset(trusted)
     return tuple([server for server in ranked if server in among][:copies])

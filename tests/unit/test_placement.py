@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deferred_sessions.servers.placement import Placement
+from deferred_sessions.servers.placement import REMEMBERED, Placement
 
 KEYS = [f"{number:032x}" for number in range(10_000)]
 names = st.text(min_size=1, max_size=12)
@@ -168,3 +168,12 @@ def test_ranks_of_many_keys_differ() -> None:
     ranks = [placement.ranked(key) for key in KEYS[:1000]]
     same = sum(one == other for one, other in pairwise(ranks))
     assert 100 < same < 240  # a sixth of them, by chance
+
+
+def test_ranks_are_remembered_and_few() -> None:
+    """All keys of one order share its tuple, or each remembered key would keep its own."""
+    placement = equal("a", "b", "c")
+    found = {key: placement.remembered(key) for key in KEYS[:1000]}
+    assert found == {key: placement.ranked(key) for key in found}
+    assert len({id(order) for order in found.values()}) == 6
+    assert placement.remembered.cache_info().maxsize == REMEMBERED
