@@ -315,8 +315,7 @@ def repair(sites: Sites, scale: Scale) -> Iterator[Table | Goal]:
     placement = Placement(dict.fromkeys(ALIASES[:2], 1.0))
     for alias in ALIASES[:2]:
         sites.fill(alias, [key for key in keys if placement.ranked(key)[0] == alias])
-    environment = sites.environment(ALIASES, HEARTBEAT_INTERVAL=0.5)
-    with Node(environment, "--agent"):
+    with Node(sites.environment(ALIASES), "--agent"):
         copied, seconds = watch(sites)
     rate = copied / seconds
     yield Table(
@@ -329,7 +328,7 @@ def repair(sites: Sites, scale: Scale) -> Iterator[Table | Goal]:
 
 def watch(sites: Sites) -> tuple[int, float]:
     """Watch the agent fill the last server; return how many rows, and in how many seconds."""
-    position, began = "", 0.0
+    seen: list[tuple[int, float]] = []
     with psycopg.connect(sites.url(ALIASES[-1]), autocommit=True) as connection:
         while True:
             rows = connection.execute(
@@ -339,6 +338,8 @@ def watch(sites: Sites) -> tuple[int, float]:
             if rows and rows[0][0] == "in":
                 break
             if rows and rows[0][1]:
-                began, position = began or time.perf_counter(), rows[0][1]
-            time.sleep(0.01)
-    return json.loads(position)[3][1], time.perf_counter() - began
+                copied = json.loads(rows[0][1])[3][1]
+                if not seen or copied > seen[-1][0]:
+                    seen.append((copied, time.perf_counter()))
+            time.sleep(0.02)
+    return seen[-1][0] - seen[0][0], seen[-1][1] - seen[0][1]

@@ -7,9 +7,10 @@ after whatever fails here, and no statement of ours waits for ever.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, Final, LiteralString
+from functools import partial
+from typing import Any, Final, LiteralString, TypeVar
 
 import psycopg
 from django.db import connections, transaction
@@ -21,6 +22,8 @@ from deferred_sessions.servers import sql
 from deferred_sessions.servers.breaker import Breaker
 from deferred_sessions.servers.deadline import bounded
 from deferred_sessions.servers.errors import translated
+
+T = TypeVar("T")
 
 LOCK_TIMEOUT: Final = "1s"  # for rows that an application transaction holds
 
@@ -203,6 +206,13 @@ class ServerConnection:
         """
         return self._execute(statement, parameters)[0]
 
+    def ask(self, statement: LiteralString, parameters: list[Any]) -> list[tuple[Any, ...]]:
+        """Do what `run` does, past Django's cursor and its logs, at half the cost.
+
+        For long lists: they travel in binary, both ways.
+        """
+        return self._repeated(partial(self._ask_once, statement, parameters))
+
     def change(self, statement: LiteralString, parameters: list[Any]) -> int:
         """Return how many rows `statement`, one of `sql`, has written.
 
@@ -228,13 +238,18 @@ class ServerConnection:
         """Return the rows of `statement` and how many it touched.
 
         Goes through Django's cursor, so that query logs and `assertNumQueries` see it.
-        A connection that died while it was idle is replaced once: every statement of
-        this package may be repeated.
+        """
+        return self._repeated(partial(self._execute_once, statement, parameters))
+
+    def _repeated(self, work: Callable[[], T]) -> T:
+        """Do `work`; again on a new connection if that died while it was idle.
+
+        Every statement of this package may be repeated.
         """
         connection, in_transaction = self._connection(), self.in_transaction()
         began = time.monotonic()
         try:
-            return self._execute_once(statement, parameters)
+            return work()
         except ServerUnavailableError:
             if self.timeout is not None and time.monotonic() - began >= self.timeout:
                 self.breaker.failed()  # it hangs: that is no connection that was idle
@@ -242,7 +257,7 @@ class ServerConnection:
             if in_transaction or connection.is_usable():
                 raise
             connection.close()
-            return self._execute_once(statement, parameters)
+            return work()
 
     def _execute_once(
         self, statement: LiteralString, parameters: list[Any]
@@ -256,3 +271,14 @@ class ServerConnection:
         ):
             cursor.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else [], cursor.rowcount
+
+    def _ask_once(self, statement: LiteralString, parameters: list[Any]) -> list[tuple[Any, ...]]:
+        connection = connections[self.alias]
+        self._connect(connection)
+        with (
+            translated(),
+            bounded(connection, self.timeout),
+            connection.wrap_database_errors,
+            psycopg.Cursor(connection.connection) as cursor,
+        ):
+            return cursor.execute(statement, parameters, binary=True).fetchall()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from deferred_sessions.servers.shelf import Shelf, Stamp
-from deferred_sessions.servers.view import View
+from deferred_sessions.servers.view import Rank, View
 
 MARGIN: Final = 600.0  # seconds by which the clocks of two servers may differ
 
@@ -51,7 +51,7 @@ class Mender:
         self,
         shelves: Mapping[str, Shelf],
         view: View,
-        ranked: Callable[[str], tuple[str, ...]],
+        ranked: Callable[[str], Rank],
     ) -> None:
         self._shelves = shelves
         self._view = view
@@ -104,18 +104,21 @@ class Mender:
 
         With a `source`, only those that this one is the authority of.
         """
-        trusted, copies, ranked = self._view.trusted, self._view.copies, self._ranked
+        fitting: dict[Rank, bool] = {}
         found = []
         for key in keys:
-            before, authority, is_home = 0, "", False
-            for server in ranked(key):
-                if server == target:
-                    is_home = before < copies
-                elif server in trusted:
-                    before, authority = before + 1, authority or server
-            if is_home and source in ("", authority):
+            rank = self._ranked(key)
+            if rank not in fitting:
+                fitting[rank] = self._is_filled(rank, target, source)
+            if fitting[rank]:
                 found.append(key)
         return found
+
+    def _is_filled(self, rank: Rank, target: str, source: str) -> bool:
+        if source not in ("", self._view.authority(rank)):
+            return False
+        before = rank[: rank.index(target)] if target in rank else ()
+        return target in rank and len(self._view.trusted.intersection(before)) < self._view.copies
 
     def _deliver(self, source: str, stamps: Mapping[str, Stamp], target: str) -> int:
         """Copy what `target` lacks of these; return how many rows that were."""
@@ -124,11 +127,16 @@ class Mender:
         missing = [key for key in stamps if key not in there]
         older = [key for key, stamp in there.items() if stamp.is_behind(stamps[key])]
         copied = origin.send([*missing, *older], shelf)
-        if missing:  # a deletion may have been at one of the two while the row was on its way
-            arrived, left = shelf.stamps(missing), origin.stamps(missing)
-            void = (arrived.keys() - left.keys()) | shelf.ended(arrived)
-            copied -= shelf.remove({key: arrived[key] for key in void})
-        return copied
+        return copied - self._take_back(origin, shelf, {key: stamps[key] for key in missing})
+
+    def _take_back(self, origin: Shelf, shelf: Shelf, sent: Mapping[str, Stamp]) -> int:
+        """Remove from `shelf` what was deleted while it was on its way; return how many."""
+        suspects = origin.missing(sent) | shelf.ended(sent)
+        if not suspects:
+            return 0
+        arrived = shelf.stamps(suspects)  # perhaps later rows: what was said is asked again
+        void = origin.missing(arrived) | shelf.ended(arrived)
+        return shelf.remove({key: arrived[key] for key in void})
 
     def _dead(
         self,
@@ -142,7 +150,7 @@ class Mender:
         for authority, keys in _grouped(page, lambda key: homes[key][0]).items():
             if authority == source:
                 continue
-            missing = keys - self._shelves[authority].stamps(keys).keys()
+            missing = self._shelves[authority].missing(keys)
             dead |= {key for key in missing if page[key].expires_at <= now}
             dead |= self._shelves[authority].ended({key: page[key] for key in missing})
         return dead
@@ -152,7 +160,7 @@ class Mender:
         gone: set[str] = set()
         places = _grouped(keys, lambda key: self._view.authority(self._ranked(key)))
         for authority, theirs in places.items():
-            gone |= theirs - self._shelves[authority].stamps(theirs).keys()
+            gone |= self._shelves[authority].missing(theirs)
         return gone
 
     def _truncate(self, source: str, target: str, made_at: float) -> int:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Final, LiteralString
 
 PAGE: Final[LiteralString] = """
-    SELECT session_key, fence, version, extract(epoch FROM expire_date)::float8,
-           extract(epoch FROM written_at)::float8
+    SELECT session_key::text, fence, version, date_part('epoch', expire_date),
+           date_part('epoch', written_at)
       FROM deferred_sessions_session
      WHERE session_key > %b
      ORDER BY session_key
@@ -20,18 +20,25 @@ PAGE: Final[LiteralString] = """
 """How the next rows stand, in order of keys."""
 
 STAMPS: Final[LiteralString] = """
-    SELECT session_key, fence, version, extract(epoch FROM expire_date)::float8,
-           extract(epoch FROM written_at)::float8
+    SELECT session_key::text, fence, version, date_part('epoch', expire_date),
+           date_part('epoch', written_at)
       FROM deferred_sessions_session
      WHERE session_key = ANY(%b::text[])
 """
 """How these rows stand."""
 
+MISSING: Final[LiteralString] = """
+    SELECT key
+      FROM unnest(%b::text[]) AS key
+     WHERE NOT EXISTS (SELECT 1 FROM deferred_sessions_session WHERE session_key = key)
+"""
+"""Which of these have no row here."""
+
 COUNT: Final[LiteralString] = "SELECT count(*) FROM deferred_sessions_session"
 """How many rows there are, for a bar of progress."""
 
 DELETIONS: Final[LiteralString] = """
-    SELECT id, session_key, extract(epoch FROM made_at)::float8
+    SELECT id, session_key::text, date_part('epoch', made_at)
       FROM deferred_sessions_revocation
      WHERE id > %b AND made_at >= to_timestamp(%b::float8)
      ORDER BY id

@@ -28,6 +28,7 @@ from deferred_sessions.servers.view import GONE, IN, OUT, Standing, View
 
 logger = logging.getLogger(__name__)
 
+PAGES: Final = 4  # between two looks whether it is still for this node to do
 DELETE: Final = "delete"
 FILL: Final = "fill"
 TIDY: Final = "tidy"
@@ -84,7 +85,7 @@ class Resync:
         self._fleet = fleet
 
     def resync_once(self, now: float, *, leaving: bool = False) -> Progress | None:
-        """Do the next page of what is to be done; None if there is nothing to do now.
+        """Do the next pages of what is to be done; None if there is nothing to do now.
 
         First servers that are to be trusted again, then order among those that are; and with
         `leaving`, servers that are to be emptied. A page that was done twice does no harm.
@@ -146,7 +147,7 @@ class Resync:
         return [name for name in view.names if self._server(name).run(sql.PENDING, [name])]
 
     def _go_on(self, server: str, view: View, now: float) -> Progress | None:
-        """Do the next page for this server; None if another node does, or it is too early."""
+        """Do the next pages for this server; None if another node does, or it is too early."""
         mine = self._server(server)
         number, me = view.standings[server].number, self._me()
         claimed = mine.run(sql.CLAIM, [me, server, number, me])
@@ -158,7 +159,10 @@ class Resync:
             if not view.is_agreed:
                 return None
             position = Position(view.digest)
-        position = self._do_page(server, view, position, now)
+        for _ in range(PAGES):
+            position = self._do_page(server, view, position, now)
+            if position.step == len(self._steps(server, view)):
+                break
         if position.step < len(self._steps(server, view)):
             mine.change(sql.NOTE, [position.encoded(), server, number, me])
         else:

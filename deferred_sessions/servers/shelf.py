@@ -20,6 +20,7 @@ from deferred_sessions.servers.errors import translated
 from deferred_sessions.servers.server import SessionServer
 
 PART: Final = 5000  # rows in one transaction
+_stamp: Final = tuple.__new__  # not _make: millions are made
 
 
 class Stamp(NamedTuple):
@@ -72,14 +73,19 @@ class Shelf:
 
     def page(self, after: str) -> dict[str, Stamp]:
         """Return how the rows stand that follow the key `after`; none at the end."""
-        rows = self.server.run(sql.PAGE, [after, PART])
-        return {key: Stamp(*stamp) for key, *stamp in rows}
+        rows = self.server.ask(sql.PAGE, [after, PART])
+        return {row[0]: _stamp(Stamp, row[1:]) for row in rows}
 
     def stamps(self, keys: Iterable[str]) -> dict[str, Stamp]:
         """Return how the rows of `keys` stand; leaves out those without a row."""
         asked = sorted(keys)
-        rows = self.server.run(sql.STAMPS, [asked]) if asked else []
-        return {key: Stamp(*stamp) for key, *stamp in rows}
+        rows = self.server.ask(sql.STAMPS, [asked]) if asked else []
+        return {row[0]: _stamp(Stamp, row[1:]) for row in rows}
+
+    def missing(self, keys: Iterable[str]) -> set[str]:
+        """Return those of `keys` that have no row here."""
+        asked = sorted(keys)
+        return {key for (key,) in self.server.ask(sql.MISSING, [asked])} if asked else set()
 
     def behind(self, stamps: Mapping[str, Stamp]) -> list[str]:
         """Return those keys whose row here is older than that, or missing."""
@@ -92,9 +98,8 @@ class Shelf:
         """Return those of these sessions, which have no row here, that somebody ended."""
         keys = sorted(stamps)
         written = [stamps[key].written_at for key in keys]
-        return (
-            {key for (key,) in self.server.run(sql.ENDED, [keys, written, keys])} if keys else set()
-        )
+        rows = self.server.ask(sql.ENDED, [keys, written, keys]) if keys else []
+        return {key for (key,) in rows}
 
     def size(self) -> int:
         """Return about how many rows there are."""
@@ -102,7 +107,7 @@ class Shelf:
 
     def deletions(self, after: int, since: float) -> list[Deletion]:
         """Return what was deleted since then and follows the number `after`."""
-        return [Deletion(*row) for row in self.server.run(sql.DELETIONS, [after, since, PART])]
+        return [Deletion(*row) for row in self.server.ask(sql.DELETIONS, [after, since, PART])]
 
     def send(self, keys: Collection[str], target: Shelf) -> int:
         """Copy whole rows to `target`, with owner and fence; return how many it lacked.
