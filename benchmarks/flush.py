@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import psycopg
-from django.db import connection
+from django.db import connection, transaction
 
 from benchmarks.measure import Goal, Scale, Table, medians, ratio, seconds, take_turns
 from benchmarks.sessions import content
@@ -92,7 +92,9 @@ class Bench:
         self._runtime.store.clear()
         Session.objects.all().delete()
         self._data = content(SIZE)
-        self._keys = sorted(self._create() for _ in range(number))
+        with transaction.atomic():  # one commit for all
+            self._keys = sorted(self._create() for _ in range(number))
+        self._runtime.flusher.flush_once(time.time(), everything=True)
         self._turn = 0
 
     def flush(self, *, vacuum: bool = True) -> float:
