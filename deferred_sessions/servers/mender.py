@@ -70,12 +70,31 @@ class Mender:
         last = max((deletion.number for deletion in found), default=after)
         return Page(last, Tally(len(found), 0, removed), not found)
 
-    def fill(self, source: str, target: str, after: str) -> Page:
-        """Copy to `target` what it lacks of the sessions whose authority is `source`."""
+    def fill(self, source: str, target: str, after: str, most: int = 1) -> Page:
+        """Copy to `target` what it lacks of the sessions whose authority is `source`.
+
+        Up to so many pages; one is read while the one before is written.
+        """
+        origin, shelf, tally = self._shelves[source], self._shelves[target], Tally()
+        page, theirs = self._read(source, target, after)
+        while page and most:
+            most -= 1
+            missing, older = _lacking(theirs, shelf)
+            sent = {key: theirs[key] for key in missing}
+            with shelf.receiving(origin.fetch([*missing, *older])) as transfer:
+                looked_at, after = len(page), max(page)
+                if most:
+                    page, theirs = self._read(source, target, after)
+            copied = transfer.rows - self._take_back(origin, shelf, sent)
+            tally += Tally(looked_at, copied)
+        return Page(after, tally, not page)
+
+    def _read(
+        self, source: str, target: str, after: str
+    ) -> tuple[dict[str, Stamp], dict[str, Stamp]]:
+        """Return the next page of `source`, and what of it is to be on `target`."""
         page = self._shelves[source].page(after)
-        theirs = {key: page[key] for key in self._filled(page, target, source)}
-        copied = self._deliver(source, theirs, target)
-        return Page(max(page, default=after), Tally(len(page), copied), not page)
+        return page, {key: page[key] for key in self._filled(page, target, source)}
 
     def tidy(self, source: str, after: str, now: float, *, mend: bool = True) -> Page:
         """Make all homes of the sessions on `source` have what it has, and remove its strays.
@@ -123,11 +142,10 @@ class Mender:
     def _deliver(self, source: str, stamps: Mapping[str, Stamp], target: str) -> int:
         """Copy what `target` lacks of these; return how many rows that were."""
         origin, shelf = self._shelves[source], self._shelves[target]
-        there = shelf.stamps(stamps)
-        missing = [key for key in stamps if key not in there]
-        older = [key for key, stamp in there.items() if stamp.is_behind(stamps[key])]
-        copied = origin.send([*missing, *older], shelf)
-        return copied - self._take_back(origin, shelf, {key: stamps[key] for key in missing})
+        missing, older = _lacking(stamps, shelf)
+        with shelf.receiving(origin.fetch([*missing, *older])) as transfer:
+            pass
+        return transfer.rows - self._take_back(origin, shelf, {key: stamps[key] for key in missing})
 
     def _take_back(self, origin: Shelf, shelf: Shelf, sent: Mapping[str, Stamp]) -> int:
         """Remove from `shelf` what was deleted while it was on its way; return how many."""
@@ -172,6 +190,13 @@ class Mender:
             theirs = self._filled(old, target, source)
             removed += shelf.remove({key: page[key] for key in self._without_row(theirs)})
         return removed
+
+
+def _lacking(stamps: Mapping[str, Stamp], shelf: Shelf) -> tuple[list[str], list[str]]:
+    """Return what `shelf` has no row of, and of what an older one."""
+    there = shelf.stamps(stamps)
+    missing = [key for key in stamps if key not in there]
+    return missing, [key for key, stamp in there.items() if stamp.is_behind(stamps[key])]
 
 
 def _grouped(keys: Iterable[str], place: Callable[[str], str]) -> dict[str, set[str]]:

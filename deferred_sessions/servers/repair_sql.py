@@ -63,6 +63,7 @@ PUT: Final[LiteralString] = """
       FROM unnest(%b::text[], %b::text[], %b::timestamptz[], %b::int8[], %b::int8[], %b::text[],
                   %b::text[], %b::timestamptz[], %b::timestamptz[])
      WHERE (SELECT set_config('deferred_sessions.node', '-', true)) IS NOT NULL
+       AND (SELECT set_config('lock_timeout', '1s', true)) IS NOT NULL
         ON CONFLICT (session_key) DO UPDATE
        SET session_data = excluded.session_data, expire_date = excluded.expire_date,
            version = excluded.version, fence = excluded.fence, owner = excluded.owner,

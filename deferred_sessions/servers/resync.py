@@ -28,7 +28,7 @@ from deferred_sessions.servers.view import GONE, IN, OUT, Standing, View
 
 logger = logging.getLogger(__name__)
 
-PAGES: Final = 4  # between two looks whether it is still for this node to do
+PAGES: Final = 4  # to be copied between two looks whether it is still for this node to do
 DELETE: Final = "delete"
 FILL: Final = "fill"
 TIDY: Final = "tidy"
@@ -159,10 +159,7 @@ class Resync:
             if not view.is_agreed:
                 return None
             position = Position(view.digest)
-        for _ in range(PAGES):
-            position = self._do_page(server, view, position, now)
-            if position.step == len(self._steps(server, view)):
-                break
+        position = self._do_page(server, view, position, now)
         if position.step < len(self._steps(server, view)):
             mine.change(sql.NOTE, [position.encoded(), server, number, me])
         else:
@@ -178,7 +175,7 @@ class Resync:
             since = view.standings[server].since
             page = mender.delete(step.source, server, int(after), since)
         elif step.what == FILL:
-            page = mender.fill(step.source, server, str(after))
+            page = mender.fill(step.source, server, str(after), PAGES)
         else:
             page = mender.tidy(step.source, str(after), now)
         tally = position.tally + page.tally

@@ -11,7 +11,7 @@ before; callers ask `in_transaction` to know.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 from deferred_sessions.exceptions import ServerUnavailableError
 from deferred_sessions.servers import sql
@@ -98,7 +98,11 @@ class SessionServer(ServerConnection):
         return [self.owner(), now, *columns[:6], self.name()]
 
     def update_stream(self) -> StatementStream | None:
-        """Return a stream of updates that commit one by one; None in an atomic block.
+        """Return a stream of updates: see `stream`."""
+        return self.stream(sql.UPDATE_ALONE)
+
+    def stream(self, statement: LiteralString) -> StatementStream | None:
+        """Return a stream of statements that commit one by one; None in an atomic block.
 
         Raises:
             ServerUnavailableError: There is no connection, or none that ever commits.
@@ -112,7 +116,7 @@ class SessionServer(ServerConnection):
                 f"The connection {self.alias!r} is in a transaction that nobody commits. Leave "
                 "AUTOCOMMIT on for the database of the sessions; see SERVERS."
             )
-        return StatementStream(connection.connection, sql.UPDATE_ALONE, self.timeout)
+        return StatementStream(connection.connection, statement, self.timeout)
 
     def delete(self, keys: Sequence[str]) -> int:
         """Delete sessions, whether they exist or not; return how many did."""

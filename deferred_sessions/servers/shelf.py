@@ -6,7 +6,8 @@ there; a repeated transfer does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
 import psycopg
@@ -18,6 +19,7 @@ from deferred_sessions.servers import repair_sql as sql
 from deferred_sessions.servers.deadline import bounded
 from deferred_sessions.servers.errors import translated
 from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.servers.stream import StatementStream
 
 PART: Final = 5000  # rows in one transaction
 _stamp: Final = tuple.__new__  # not _make: millions are made
@@ -48,16 +50,47 @@ class Deletion(NamedTuple):
         return f"<Deletion {self.number}>"  # no key: it is a secret
 
 
-class _Column(bytes):
+class Column(bytes):
     """An array, as PostgreSQL sends it in binary."""
 
 
 class _ColumnDumper(Dumper):
     format = Format.BINARY
 
-    def dump(self, obj: _Column) -> bytes:
+    def dump(self, obj: Column) -> bytes:
         """Return it as it came."""
         return obj
+
+
+class Transfer:
+    """Rows on their way to a server, which is at work on them."""
+
+    def __init__(self, server: SessionServer, columns: Sequence[Column]) -> None:
+        self.rows = 0
+        """How many rows the server lacked."""
+        self._server = server
+        self._columns = columns
+        self._stream: StatementStream | None = None
+        if columns and (stream := server.stream(sql.PUT)) is not None:
+            server.borrow().adapters.register_dumper(Column, _ColumnDumper)
+            with suppress(psycopg.Error):
+                stream.send(columns)
+                self._stream = stream
+
+    def finish(self) -> None:
+        """Wait until they are there; what is wrong, the careful way will find out."""
+        if self._stream is not None:
+            with suppress(psycopg.Error):
+                self.rows = self._stream.rows()
+        if self._columns and not self.rows:
+            self.rows = self._put()
+
+    def _put(self) -> int:
+        connection = connections[self._server.alias]
+        with self._server.batch(), psycopg.Cursor(self._server.borrow()) as cursor:
+            cursor.adapters.register_dumper(Column, _ColumnDumper)
+            with translated(), connection.wrap_database_errors:
+                return cursor.execute(sql.PUT, self._columns).rowcount
 
 
 class Shelf:
@@ -109,22 +142,27 @@ class Shelf:
         """Return what was deleted since then and follows the number `after`."""
         return [Deletion(*row) for row in self.server.ask(sql.DELETIONS, [after, since, PART])]
 
-    def send(self, keys: Collection[str], target: Shelf) -> int:
-        """Copy whole rows to `target`, with owner and fence; return how many it lacked.
+    @contextmanager
+    def receiving(self, columns: Sequence[Column]) -> Iterator[Transfer]:
+        """Have rows put here where they are missing or older, while the block does something else.
 
-        The columns pass through as they come: nobody takes them apart.
+        How many those were, the transfer knows after the block.
         """
-        columns = self._columns(keys) if keys else []
-        if not columns:
-            return 0
-        connection = connections[target.alias]
-        with target.server.batch(), psycopg.Cursor(target.server.borrow()) as cursor:
-            cursor.adapters.register_dumper(_Column, _ColumnDumper)
-            with translated(), connection.wrap_database_errors:
-                return cursor.execute(sql.PUT, columns).rowcount
+        transfer = Transfer(self.server, columns)
+        try:
+            yield transfer
+        except BaseException:
+            self.server.disconnect()  # nobody will read the answer
+            raise
+        transfer.finish()
 
-    def _columns(self, keys: Collection[str]) -> list[_Column]:
-        """Return the columns of these rows; none if there are no such rows."""
+    def fetch(self, keys: Collection[str]) -> list[Column]:
+        """Return the columns of these rows, with owner and fence; none if there are no such rows.
+
+        They are for `receiving` as they come: nobody takes them apart.
+        """
+        if not keys:
+            return []
         raw, connection = self.server.borrow(), connections[self.alias]
         with (
             translated(),
@@ -134,7 +172,7 @@ class Shelf:
         ):
             result = cursor.execute(sql.SEND, [sorted(keys)], binary=True).pgresult
             values = [] if result is None else [result.get_value(0, i) for i in range(9)]
-        return [_Column(value) for value in values if value is not None]
+        return [Column(value) for value in values if value is not None]
 
     def remove(self, stamps: Mapping[str, Stamp]) -> int:
         """Delete rows that stand as `stamps` says; return how many did. Nobody hears of it."""
