@@ -158,14 +158,7 @@ class ServerConnection:
         """
         if sessions == 1:
             return self._execute(statement, parameters)[1]
-        connection = self._connection()
-        self._connect(connection)
-        with (
-            translated(),
-            bounded(connection, self.timeout),
-            connection.wrap_database_errors,
-            psycopg.Cursor(connection.connection) as cursor,
-        ):
+        with self._binary_cursor(self._connection()) as cursor:
             return cursor.execute(statement, parameters).rowcount
 
     def _connection(self) -> BaseDatabaseWrapper:
@@ -273,7 +266,12 @@ class ServerConnection:
             return cursor.fetchall() if cursor.description else [], cursor.rowcount
 
     def _ask_once(self, statement: LiteralString, parameters: list[Any]) -> list[tuple[Any, ...]]:
-        connection = connections[self.alias]
+        with self._binary_cursor(connections[self.alias]) as cursor:
+            return cursor.execute(statement, parameters, binary=True).fetchall()
+
+    @contextmanager
+    def _binary_cursor(self, connection: BaseDatabaseWrapper) -> Iterator[psycopg.Cursor[Any]]:
+        """Yield a cursor of psycopg's own, which sends arrays in binary, past query logs."""
         self._connect(connection)
         with (
             translated(),
@@ -281,4 +279,4 @@ class ServerConnection:
             connection.wrap_database_errors,
             psycopg.Cursor(connection.connection) as cursor,
         ):
-            return cursor.execute(statement, parameters, binary=True).fetchall()
+            yield cursor

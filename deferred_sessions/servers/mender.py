@@ -111,7 +111,7 @@ class Mender:
             if mend:
                 copied += self._deliver(source, wanted, target)
             else:
-                copied += len(self._shelves[target].behind(wanted))
+                copied += sum(map(len, _lacking(wanted, self._shelves[target])))
         strays = {key: page[key] for key in page if key in dead or source not in homes[key]}
         removed = self._shelves[source].remove(strays) if mend else len(strays)
         return Page(max(page, default=after), Tally(len(page), copied, removed), not page)

@@ -120,13 +120,6 @@ class Shelf:
         asked = sorted(keys)
         return {key for (key,) in self.server.ask(sql.MISSING, [asked])} if asked else set()
 
-    def behind(self, stamps: Mapping[str, Stamp]) -> list[str]:
-        """Return those keys whose row here is older than that, or missing."""
-        ours = self.stamps(stamps)
-        return [
-            key for key, stamp in stamps.items() if key not in ours or ours[key].is_behind(stamp)
-        ]
-
     def ended(self, stamps: Mapping[str, Stamp]) -> set[str]:
         """Return those of these sessions, which have no row here, that somebody ended."""
         keys = sorted(stamps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -62,6 +62,18 @@ def misplaced(servers: Servers, count: int) -> list[str]:  # noqa: F811
     return sorted(key for key in keys if ranked(key).index(A) < ranked(key).index(B))
 
 
+def meanwhile(patch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Have this done while the first page is on its way, before the second is read."""
+    read = Shelf.page
+
+    def page(shelf: Shelf, after: str) -> Any:
+        if after:
+            work()
+        return read(shelf, after)
+
+    patch.setattr(Shelf, "page", page)
+
+
 @pytest.mark.parametrize("most", [1, 2, 50])
 def test_pages_are_read_ahead(servers: Servers, monkeypatch: Any, most: int) -> None:  # noqa: F811
     """However many at a time: all rows arrive, each page is looked at once, and the end is seen."""
@@ -93,14 +105,8 @@ def test_what_is_deleted_on_the_way_is_removed_where_it_arrives(
     monkeypatch: Any,
 ) -> None:
     keys = misplaced(servers, 6)
-    read = Shelf.page
-
-    def deleted_meanwhile(shelf: Shelf, after: str) -> Any:
-        if after:  # the first page is on its way
-            Session.objects.using(A).filter(pk=keys[0]).delete()
-        return read(shelf, after)
-
-    monkeypatch.setattr(Shelf, "page", deleted_meanwhile)
+    first = Session.objects.using(A).filter(pk=keys[0])
+    meanwhile(monkeypatch, first.delete)
     page = mender(servers).fill(A, C, "", 2)
 
     assert servers.row(keys[0], C) is None
@@ -129,17 +135,14 @@ def test_who_fails_meanwhile_leaves_no_statement_under_way(
     monkeypatch: Any,
 ) -> None:
     keys = misplaced(servers, 6)
-    read = Shelf.page
 
-    def away(shelf: Shelf, after: str) -> Any:
-        if after:
-            raise ServerUnavailableError("gone")
-        return read(shelf, after)
+    def fail() -> None:
+        raise ServerUnavailableError("gone")
 
-    monkeypatch.setattr(Shelf, "page", away)
-    with suppress(ServerUnavailableError):
-        mender(servers).fill(A, C, "", 2)
-    monkeypatch.setattr(Shelf, "page", read)
+    with monkeypatch.context() as patch:
+        meanwhile(patch, fail)
+        with suppress(ServerUnavailableError):
+            mender(servers).fill(A, C, "", 2)
 
     assert servers.counts(C)[0] in (0, len(keys))  # it answers, whether the first page got through
     mender(servers).fill(A, C, "")
