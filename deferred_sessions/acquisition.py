@@ -123,8 +123,9 @@ class Acquisition:
     def _ask(self, key: str, *, waits: bool, deadline: float) -> Grant:
         while True:
             try:
-                is_unknown = self._store.head(key) is None
-                return self._leases.acquire(key, waits=waits, is_unknown=is_unknown)
+                return self._leases.acquire(
+                    key, waits=waits, is_unknown=lambda: self._store.head(key) is None
+                )
             except RowLockedError:
                 if self._clock() >= deadline:
                     raise

@@ -299,9 +299,12 @@ class HostStore(Transactions):
         """Return what some process of this host noted under `name`, or None."""
         return self._read(tables.note, name)
 
-    def set_note(self, name: str, value: bytes) -> None:
-        """Leave `value` under `name` for the processes of this host."""
-        self._write(tables.set_note, name, value)
+    def set_note(self, name: str, value: bytes, *, voids_loads: bool = False) -> None:
+        """Leave `value` under `name` for the processes of this host.
+
+        With `voids_loads`, nothing is kept that was read before: see `keep`.
+        """
+        self._write(tables.set_note, name, value, voids_loads)
 
     def _look(self) -> None:
         """Look at the level of the map; evict a little if it is high, stop growth if full."""

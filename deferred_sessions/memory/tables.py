@@ -342,6 +342,10 @@ def note(txn: lmdb.Transaction, dbs: Databases, name: str) -> bytes | None:
     return None if value is None else bytes(value)
 
 
-def set_note(txn: lmdb.Transaction, dbs: Databases, name: str, value: bytes) -> None:
-    """Leave a note."""
+def set_note(
+    txn: lmdb.Transaction, dbs: Databases, name: str, value: bytes, voids_loads: bool
+) -> None:
+    """Leave a note; have loads that are under way be of no use, if it says so."""
     txn.put(name.encode(), value, db=dbs.notes)
+    if voids_loads:
+        count_removal(txn, dbs)

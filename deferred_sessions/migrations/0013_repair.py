@@ -11,59 +11,32 @@ before = import_module("deferred_sessions.migrations.0004_leases")
 
 # A lease that changes hands without a write is known to one server alone. So when another one
 # takes over, its fences begin above all that the one before may have given: each change of the
-# servers makes room for a million. Where there is one server, the epoch is 0.
-EPOCH = """
-    CREATE FUNCTION deferred_sessions_epoch() RETURNS bigint LANGUAGE sql STABLE
-        SET search_path FROM CURRENT AS $$
-        SELECT coalesce(sum(number) - count(*), 0)::bigint << 20 FROM deferred_sessions_server
-    $$
-"""
-DROP_EPOCH = "DROP FUNCTION deferred_sessions_epoch()"
+# servers makes room for a million. The node that gives up a lease, or asks for one, says which
+# epoch it goes by: so the fences of an epoch are all given by the one server that decides about
+# the session then. Where there is one server, the epoch is 0; else `written_at` tells that the
+# row was given to a node since, and is not left over from an earlier epoch.
+HAND_ON = before.HAND_ON.replace("p_node text)", "p_node text, p_epoch bigint)", 1).replace(
+    "fence = fence + (heir IS NOT NULL)::int",
+    "fence = CASE WHEN heir IS NULL THEN fence ELSE greatest(fence + 1, p_epoch) END,"
+    " written_at = CASE WHEN p_epoch > 0 THEN clock_timestamp() ELSE written_at END",
+    1,
+)
+DROP_HAND_ON = "DROP FUNCTION deferred_sessions_pass_on(text, text, bigint)"
+RELEASE = before.RELEASE.replace(
+    "p_fences bigint[])", "p_fences bigint[], p_epoch bigint)", 1
+).replace("(lease.session_key, NULL)", "(lease.session_key, NULL, p_epoch)", 1)
+DROP_RELEASE = "DROP FUNCTION deferred_sessions_release(text, text[], bigint[], bigint)"
 
-# As 0004 has it, but for the epoch.
-HAND_ON = """
-    CREATE OR REPLACE FUNCTION deferred_sessions_pass_on(p_key text, p_node text) RETURNS text
-        LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
-    DECLARE
-        heir text;
-    BEGIN
-        SELECT waiter.node INTO heir
-          FROM deferred_sessions_waiter AS waiter
-          LEFT JOIN deferred_sessions_node AS node USING (node)
-         WHERE waiter.session_key = p_key
-           AND waiter.granted_at IS NULL
-           AND waiter.seen_at > clock_timestamp() - interval '3 s'
-           AND node.died_at IS NULL
-         ORDER BY waiter.id
-         LIMIT 1;
-        heir := coalesce(heir, p_node);
-        UPDATE deferred_sessions_session
-           SET owner = heir,
-               fence = CASE WHEN heir IS NULL THEN fence
-                            ELSE greatest(fence + 1, deferred_sessions_epoch()) END
-         WHERE session_key = p_key;
-        IF heir = p_node THEN
-            DELETE FROM deferred_sessions_waiter WHERE session_key = p_key AND node = heir;
-        ELSIF heir IS NOT NULL THEN
-            UPDATE deferred_sessions_waiter SET granted_at = clock_timestamp()
-             WHERE session_key = p_key AND node = heir;
-            PERFORM deferred_sessions_tell(heir, 'g');
-        END IF;
-        RETURN heir;
-    END $$
-"""
-HAND_ON_AS_BEFORE = before.HAND_ON.replace("CREATE", "CREATE OR REPLACE", 1)
-
-# As 0004 has it, but for the epoch: also who has the lease, and knows nothing of the session,
-# gets a new fence then, because the server before may have given it others since.
+# As 0004 has it, but for the epoch. Who has the lease already, and knows nothing of the session,
+# gets a later fence, too, because the server before may have given it others since: above all of
+# those, below what is given to others in this epoch.
 ACQUIRE = """
     CREATE FUNCTION deferred_sessions_acquire(
-        p_key text, p_node text, p_waits boolean, p_limit int, p_is_unknown boolean
+        p_key text, p_node text, p_waits boolean, p_limit int, p_is_unknown boolean, p_epoch bigint
     ) RETURNS TABLE (status text, row_data deferred_sessions_session)
         LANGUAGE plpgsql SET search_path FROM CURRENT SET lock_timeout = '1s' AS $$
     DECLARE
         known text;
-        is_news boolean;
     BEGIN
         SELECT * INTO row_data FROM deferred_sessions_session WHERE session_key = p_key;
         IF NOT FOUND THEN
@@ -83,13 +56,14 @@ ACQUIRE = """
                     RETURN NEXT;
                     RETURN;
                 END IF;
-                row_data.owner := deferred_sessions_pass_on(p_key, p_node);
-                row_data.fence := greatest(row_data.fence + 1, deferred_sessions_epoch());
+                row_data.owner := deferred_sessions_pass_on(p_key, p_node, p_epoch);
+                row_data.fence := greatest(row_data.fence + 1, p_epoch);
             END IF;
         END IF;
         IF row_data.owner = p_node THEN
-            IF p_is_unknown AND row_data.fence < deferred_sessions_epoch() THEN
-                UPDATE deferred_sessions_session SET fence = deferred_sessions_epoch()
+            IF p_is_unknown AND row_data.fence < p_epoch - 1 THEN
+                UPDATE deferred_sessions_session
+                   SET fence = p_epoch - 1, written_at = clock_timestamp()
                  WHERE session_key = p_key AND owner = p_node AND fence = row_data.fence
                 RETURNING fence INTO row_data.fence;
                 IF NOT FOUND THEN
@@ -128,7 +102,9 @@ ACQUIRE = """
         RETURN NEXT;
     END $$
 """
-DROP_ACQUIRE = "DROP FUNCTION deferred_sessions_acquire(text, text, boolean, int, boolean)"
+DROP_ACQUIRE = """
+    DROP FUNCTION deferred_sessions_acquire(text, text, boolean, int, boolean, bigint)
+"""
 
 # As 0003 has it, but for the first condition: a row whose lease is free has no owner, and is
 # still not somebody else's change when it arrives as a copy of what another server has.
@@ -167,9 +143,11 @@ class Migration(migrations.Migration):
     dependencies = [("deferred_sessions", "0012_servers")]
 
     operations = [
-        OnPostgreSQL(EPOCH, DROP_EPOCH),
-        OnPostgreSQL(HAND_ON, HAND_ON_AS_BEFORE),
         OnPostgreSQL(before.DROP_ACQUIRE, before.ACQUIRE),
+        OnPostgreSQL(before.DROP_RELEASE, before.RELEASE),
+        OnPostgreSQL(before.DROP_HAND_ON, before.HAND_ON),
+        OnPostgreSQL(HAND_ON, DROP_HAND_ON),
+        OnPostgreSQL(RELEASE, DROP_RELEASE),
         OnPostgreSQL(ACQUIRE, DROP_ACQUIRE),
         OnPostgreSQL(CHANGED, AS_BEFORE),
     ]

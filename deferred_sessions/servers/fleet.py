@@ -119,12 +119,15 @@ class Fleet:
         return self._placement.ranked(key)
 
     def by_authority(
-        self, items: Sequence[T], key: Callable[[T], str]
+        self, items: Sequence[T], key: Callable[[T], str], view: View | None = None
     ) -> list[tuple[SessionServer, Sequence[T]]]:
-        """Return `items` in parts, each with the server that decides about its keys."""
+        """Return `items` in parts, each with the server that decides about its keys.
+
+        As the node sees it now, or in this `view`.
+        """
         if self.only is not None:
             return [(self.only, items)] if items else []
-        view, ranked = self.view(), self._ranked
+        view, ranked = view or self.view(), self._ranked
         parts: dict[str, list[T]] = {alias: [] for alias in sorted(view.trusted)}
         for item in items:
             parts[view.authority(ranked(key(item)))].append(item)
@@ -177,9 +180,10 @@ class Fleet:
         """Tell whether a server may lack something that others have."""
         return self.only is None and self.view().oldest_gap() is not None
 
-    def is_moving(self, key: str) -> bool:
-        """Tell whether a node may not know yet which server decides about `key`."""
-        return self.only is None and self.view().is_moving(self._ranked(key))
+    def is_decided(self, key: str, server: SessionServer, view: View) -> bool:
+        """Tell whether `server` decides about `key` in this view, and all nodes know that."""
+        ranked = self._ranked(key)
+        return view.authority(ranked) == server.alias and not view.is_moving(ranked)
 
     def live(self) -> list[SessionServer]:
         """Return the servers that are not out."""

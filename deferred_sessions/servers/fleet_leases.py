@@ -26,8 +26,14 @@ class FleetLeases:
         self._lookup = Lookup(fleet)
         self._leases = {server.alias: make(server) for server in fleet.servers}
 
-    def acquire(self, key: str, *, waits: bool = False, is_unknown: bool = False) -> Grant:
+    def acquire(
+        self, key: str, *, waits: bool = False, is_unknown: Callable[[], bool] = bool
+    ) -> Grant:
         """Ask for the lease of `key`: see `Leases.acquire`.
+
+        `is_unknown` is asked when it is certain by which view of the servers this goes: so what
+        another request has put into memory since was loaded by the same one, or a later one, and
+        under no earlier fence.
 
         While the servers change places, all are queued, by nobody: ask again soon.
         """
@@ -69,12 +75,14 @@ class FleetLeases:
             ServerUnavailableError: None of their servers could be told.
         """
         released: dict[str, bool] = {}
-        parts = self._fleet.by_authority(sorted(leases), str)
+        view = self._fleet.view() if self._fleet.only is None else None
+        epoch = 0 if view is None else view.epoch
+        parts = self._fleet.by_authority(sorted(leases), str, view)
         failure: DeferredSessionsError | None = None
         for server, keys in parts:
             try:
                 part = {key: leases[key] for key in keys}
-                released |= self._leases[server.alias].release(part)
+                released |= self._leases[server.alias].release(part, epoch)
             except DeferredSessionsError as error:
                 failure = error
         if failure is not None and not released:
@@ -101,17 +109,17 @@ class FleetLeases:
         for server, part in self._fleet.by_authority(refusals, lambda refusal: refusal.key):
             self._leases[server.alias].refuse(part)
 
-    def _acquire(self, key: str, server: SessionServer, *, waits: bool, is_unknown: bool) -> Grant:
-        if self._fleet.is_moving(key):
+    def _acquire(
+        self, key: str, server: SessionServer, *, waits: bool, is_unknown: Callable[[], bool]
+    ) -> Grant:
+        view = self._fleet.view()
+        if not self._fleet.is_decided(key, server, view):
             server.connect()  # who is away shall be noticed
             return Grant(Answer.QUEUED)
-        is_whole = self._fleet.is_whole()
-        if not is_whole:
+        if not self._fleet.is_whole():
             self._lookup.bring(key)
-        grant = self._leases[server.alias].acquire(key, waits=waits, is_unknown=is_unknown)
-        if not is_whole and grant.answer is Answer.GRANTED:
-            self._lookup.note_grant(key, server)
-        return grant
+        leases = self._leases[server.alias]
+        return leases.acquire(key, waits=waits, is_unknown=is_unknown(), epoch=view.epoch)
 
     def _of_each(
         self, ask: Callable[[Leases], dict[str, int]]

@@ -31,11 +31,6 @@ WRITE_REGISTRY: Final[LiteralString] = """
 """Tell a server how others stand. What it knows of later stays; of two changes with one number
 that which trusts less counts."""
 
-REMOVE_FROM_REGISTRY: Final[LiteralString] = """
-    DELETE FROM deferred_sessions_server WHERE server = %b
-"""
-"""A server has left for good."""
-
 HAS_SESSIONS: Final[LiteralString] = """
     SELECT EXISTS (SELECT 1 FROM deferred_sessions_session)
 """
@@ -69,13 +64,6 @@ POSITIONS: Final[LiteralString] = """
      WHERE session_key = ANY(%b::text[])
 """
 """What stands in the rows of many sessions, and since when."""
-
-NOTE_GRANT: Final[LiteralString] = """
-    UPDATE deferred_sessions_session
-       SET written_at = greatest(written_at, clock_timestamp())
-     WHERE session_key = %b AND owner = %b
-"""
-"""A lease was given while a server is away: it is to hear of the fence when it is filled."""
 
 FIND: Final[LiteralString] = """
     SELECT session_data, extract(epoch FROM expire_date)::float8, version, fence,

@@ -28,11 +28,19 @@ class Leases:
     def __init__(self, server: SessionServer) -> None:
         self._server = server
 
-    def acquire(self, key: str, *, waits: bool = False, is_unknown: bool = False) -> Grant:
+    def acquire(
+        self,
+        key: str,
+        *,
+        waits: bool = False,
+        is_unknown: bool = False,
+        epoch: int = 0,
+    ) -> Grant:
         """Ask for the lease of `key`; `waits` tells that this node stands in its queue.
 
-        `is_unknown` tells that this node's memory has nothing of the session; then the fence of
-        a lease that it has already may grow, if session servers have come and gone since.
+        Where there are several servers, fences begin at the `epoch` that this node goes by.
+        `is_unknown` tells that its memory had nothing of the session when it did so already; then
+        the fence of a lease that it has may grow, if servers have come and gone since.
         A lease that this node has already costs a read and writes nothing. Who is queued
         asks again when it is told to, or at least every second or so, and `withdraw`s if
         it gives up: who has not asked for three seconds is passed over.
@@ -42,7 +50,8 @@ class Leases:
             RowLockedError: A transaction holds the row; nothing was changed.
         """
         rows = self._server.run(
-            sql.ACQUIRE, [key, self._server.owner(), waits, QUEUE_LIMIT, is_unknown]
+            sql.ACQUIRE,
+            [key, self._server.owner(), waits, QUEUE_LIMIT, is_unknown, epoch],
         )
         if not rows:
             return Grant(Answer.GONE)
@@ -66,7 +75,7 @@ class Leases:
         self._server.connect()
         return dict(self._server.run(sql.REQUESTED, [self._server.owner()] * 3))
 
-    def release(self, leases: Mapping[str, int]) -> dict[str, bool]:
+    def release(self, leases: Mapping[str, int], epoch: int = 0) -> dict[str, bool]:
         """Give up these leases, as far as this node still has them under these fences.
 
         Who has waited longest for one gets it, and is told; what nobody waits for is free.
@@ -80,7 +89,7 @@ class Leases:
         for start in range(0, len(keys), PART):
             part = keys[start : start + PART]
             fences = [leases[key] for key in part]
-            released |= self._server.run(sql.RELEASE, [self._server.owner(), part, fences])
+            released |= self._server.run(sql.RELEASE, [self._server.owner(), part, fences, epoch])
         return released
 
     def held(self, after: str, limit: int) -> dict[str, int]:

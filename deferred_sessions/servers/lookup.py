@@ -67,18 +67,6 @@ class Lookup:
         if latest is not None and latest is not here and not is_deleted:
             copy(authority, latest.columns, latest.owner, latest.written_at)
 
-    def note_grant(self, key: str, server: SessionServer) -> None:
-        """Have servers that are away, or are being filled, hear of a lease that was just given.
-
-        Or they would give out the same fence when they are back.
-        """
-        server.run(fleet_sql.NOTE_GRANT, [key, self._fleet.owner()])
-        found, view = find(server, key), self._fleet.view()
-        for home in self._fleet.homes(key)[1:]:
-            if found is not None and home.alias in view.filling:
-                with suppress(DeferredSessionsError):  # then it is out again before long
-                    copy(home, found.columns, found.owner, found.written_at)
-
     def _check(self, key: str, written_at: float | None, silent: set[str]) -> None:
         """Raise if who said nothing may have something later of the session.
 

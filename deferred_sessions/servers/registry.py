@@ -50,10 +50,6 @@ class Registry:
         if columns:
             self._server.run(fleet_sql.WRITE_REGISTRY, columns)
 
-    def remove(self, server: str) -> None:
-        """Forget a server that has left for good."""
-        self._server.run(fleet_sql.REMOVE_FROM_REGISTRY, [server])
-
     def has_sessions(self) -> bool:
         """Tell whether this server has been used before."""
         return bool(self._server.run(fleet_sql.HAS_SESSIONS, [])[0][0])

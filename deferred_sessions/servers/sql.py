@@ -168,8 +168,8 @@ UPDATE_ALONE: Final[LiteralString] = (
 
 TOUCH: Final[LiteralString] = """
     UPDATE deferred_sessions_session AS stored
-       SET expire_date = greatest(stored.expire_date, to_timestamp(new.expires_at)), owner = %b,
-           written_at = to_timestamp(%b::float8)
+       SET expire_date = greatest(stored.expire_date, to_timestamp(new.expires_at)),
+           fence = new.fence, owner = %b, written_at = to_timestamp(%b::float8)
       FROM unnest(%b::text[], %b::float8[], %b::int8[], %b::int8[])
            AS new (key, expires_at, version, fence)
      WHERE stored.session_key = new.key
@@ -263,7 +263,7 @@ ACQUIRE: Final[LiteralString] = """
            extract(epoch FROM (found).expire_date)::float8, (found).version, (found).fence,
            (found).user_id, extract(epoch FROM (found).created_at)::float8,
            extract(epoch FROM (found).written_at)::float8
-      FROM deferred_sessions_acquire(%b, %b, %b, %b, %b) AS acquired (status, found)
+      FROM deferred_sessions_acquire(%b, %b, %b, %b, %b, %b) AS acquired (status, found)
 """
 """Ask for the lease of a session: the row if this node has it now, else a place in the queue.
 Nothing if there is no such session."""
@@ -296,7 +296,7 @@ ago and which it has not fetched yet. The node is a parameter each time, or the 
 be looked up in the index."""
 
 RELEASE: Final[LiteralString] = """
-    SELECT * FROM deferred_sessions_release(%b, %b::text[], %b::int8[])
+    SELECT * FROM deferred_sessions_release(%b, %b::text[], %b::int8[], %b)
 """
 """Give leases to those who wait for them, or to nobody."""
 
