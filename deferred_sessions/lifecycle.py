@@ -277,6 +277,11 @@ def confirmed(
     return record._replace(fence=max(fence, record.fence), entered_at=now)
 
 
+def moved(record: SessionRecord, *, least: int) -> SessionRecord:
+    """Return `record` on its way to another server: a change of hands, which outbids `least`."""
+    return record._replace(fence=max(record.fence, least) + 1)
+
+
 def unstored(record: SessionRecord, *, now: float) -> SessionRecord:
     """Return `record` to be inserted at once: PostgreSQL lost the whole row."""
     return forgotten(record._replace(stored_version=0, stored_expires_at=0.0), now=now)

@@ -67,23 +67,40 @@ class Outcome:
     def transitions(
         self, *, changed_since: Collection[str], now: float, policy: Policy
     ) -> dict[str, Transition]:
-        """Return how to mark what cannot just be marked as clean."""
+        """Return how to mark what cannot just be marked as clean.
+
+        What a server says counts for what it was sent: a session that has moved to another
+        server meanwhile, and has a later fence since, stays due there.
+        """
         marks: dict[str, Transition] = {}
+
+        def mark(dirty: Dirty, transition: Transition) -> None:
+            marks[dirty.key] = partial(_unless_moved, dirty.head.fence, transition, now)
+
         if changed_since:
-            for key, head, _, _ in self.written:
-                if key in changed_since:
-                    marks[key] = partial(_written, head.version, head.expires_at, now, policy)
+            for dirty in self.written:
+                if dirty.key in changed_since:
+                    head = dirty.head
+                    mark(dirty, partial(_written, head.version, head.expires_at, now, policy))
         for dirty, version, expires_at in self.repeated:
-            marks[dirty.key] = partial(_written, version, expires_at, now, policy)
+            mark(dirty, partial(_written, version, expires_at, now, policy))
         for dirty in (*self.deleted, *self.vanished):
-            marks[dirty.key] = partial(_deleted, dirty.key, now, policy)
+            mark(dirty, partial(_deleted, dirty.key, now, policy))
         for dirty in (*self.superseded, *self.moved, *(dirty for dirty, _ in self.fenced)):
-            marks[dirty.key] = partial(_superseded, dirty.head.version)
+            mark(dirty, partial(_superseded, dirty.head.version))
         for dirty in self.outdated:
-            marks[dirty.key] = partial(_outdated, now)
+            mark(dirty, partial(_outdated, now))
         for dirty in self.incomplete:
-            marks[dirty.key] = partial(_due_now, now)
+            mark(dirty, partial(_due_now, now))
         return marks
+
+
+def _unless_moved(
+    fence: int, transition: Transition, now: float, record: SessionRecord | None
+) -> SessionRecord | None:
+    if record is not None and record.fence > fence:
+        return lifecycle.due_again(record, due_at=now)
+    return transition(record)
 
 
 def _written(

@@ -136,7 +136,8 @@ class Succession:
         if not standings or (view is not None and standings == known):
             return False
         after = self._begun(standings, now) if view is None else view.with_standings(standings)
-        self._store.set_note(VIEW, encode(after))
+        # A load under way must not keep what it was given by the view before.
+        self._store.set_note(VIEW, encode(after), voids_loads=True)
         self._tell(known, after)
         return True
 
@@ -155,8 +156,11 @@ class Succession:
         report = self._flusher.flush_once(now, by=AGENT)
         if report.skipped or report.failure:
             return False
+        if report.locked or report.outdated:  # and put off: some server has less than memory
+            self._marked_for = ""
+            return False
         for server in self._servers.live():
-            if view.phase(server.alias) == IN:  # or it might give fences of the view before
+            if view.phase(server.alias) == IN:  # a node that begins now is to hear of it there
                 Registry(server).write(view.standings.values())
         self._store.set_note(VIEW, encode(view.settled_here()))
         self._settled_at = self._clock()
@@ -198,7 +202,6 @@ class Succession:
 
         Whatever a new home lacks, though nobody deleted it, is written anew, however old.
         """
-        self._store.count_removal()  # a load under way must not keep what it has read
         moved = [
             record.key
             for record in self._store.scan()
@@ -269,12 +272,14 @@ def _told(
     row: Position | None, least: int | None, now: float, record: SessionRecord | None
 ) -> SessionRecord | None:
     """Return `record` as it is when the server that decides now has it like this."""
-    if record is None or record.is_tombstone:
-        return record and lifecycle.due_again(record, due_at=now)
-    if row is not None and row.version > record.version:
+    if record is None:
+        return None
+    if row is not None and row.version > record.version and not record.is_tombstone:
         return lifecycle.due_again(record, due_at=now) if record.is_dirty else None
     if least is not None:
-        record = record._replace(fence=max(record.fence, least) + 1)
+        record = lifecycle.moved(record, least=least)
+    if record.is_tombstone:
+        return lifecycle.due_again(record, due_at=now)
     if row is None:
         return lifecycle.unstored(record, now=now)
     return lifecycle.forgotten(record, now=now)

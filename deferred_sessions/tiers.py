@@ -284,6 +284,7 @@ class Tiers:
         )._replace(entered_at=self._pulse.entry(now))
         if self._store.get(key) is not None:
             return None
+        shape = self._servers.shape()
         if self._write_on_create:
             inserted = self._write_through.insert(record, now)
             if inserted is None:
@@ -298,6 +299,8 @@ class Tiers:
         self._counters.add(Counter.CREATIONS)
         if before is not None:
             return None
+        if self._servers.shape() != shape:
+            self._write_through.write_where_it_belongs(key, now)
         self._store.make_durable(now)
         return Entry(record.version, record.entered_at, snapshot)
 

@@ -85,6 +85,13 @@ class WriteThrough:
                 raise SessionBusy(PASSED_ON)
             self._counters.add(Counter.WRITES_THROUGH)
 
+    def write_where_it_belongs(self, key: str, now: float) -> None:
+        """Write a session anew that was sent to its server when that had just ceased to be it."""
+        again = partial(lifecycle.forgotten, now=now)
+        record = self._store.update(key, lambda known: known and again(known))[1]
+        if record is not None and not record.is_tombstone:
+            self.write(record, now)
+
     def persist(self, record: SessionRecord, now: float) -> None:
         """Write `record` now, or say why not.
 
@@ -143,6 +150,7 @@ class WriteThrough:
 
         Raises nothing: what is not certain has to be remembered.
         """
+        shape = self._servers.shape()
         try:
             server = self._servers.at(key)
             with server.attempt():
@@ -158,7 +166,8 @@ class WriteThrough:
             self._counters.add(Counter.STATEMENTS)
             self._store.count_removal()  # a load under way must not keep what it has read
         # Another node may yet bring it to a server that does not have it in this moment.
-        return is_everywhere and self._servers.is_whole()
+        is_certain = self._servers.is_whole() and self._servers.shape() == shape
+        return is_everywhere and is_certain
 
     def _inserted(self, columns: Columns, now: float) -> int:
         """Insert the session; wait for the next server only if memory alone may not keep it."""

@@ -71,9 +71,10 @@ def row(key: str | None) -> dict[str, Any] | None:
     return None if found is None else found.get_decoded()
 
 
-def second_connection() -> psycopg.Connection[Any]:
+def second_connection(database: str | None = None) -> psycopg.Connection[Any]:
     """Return a connection of somebody else, outside of Django."""
     parameters = connection.get_connection_params()
+    parameters["dbname"] = database or parameters["dbname"]
     for name in ("context", "cursor_factory", "prepare_threshold"):
         parameters.pop(name, None)
     return psycopg.connect(**parameters, autocommit=True)
