@@ -93,8 +93,9 @@ class Bypass:
         )
 
     def _write(self, record: SessionRecord, *, is_touch: bool, now: float) -> bool:
-        """Write `record`; return whether PostgreSQL took it."""
+        """Write `record`; return whether PostgreSQL took it, where it belongs."""
         columns: Columns = self._writer.columns([Dirty.of(record)])
+        shape = self._servers.shape()
         server = self._servers.at(record.key)
         with server.attempt():
             if not record.is_changed and is_touch:
@@ -103,12 +104,13 @@ class Bypass:
                 was_taken = server.update(columns, now)
         if was_taken:
             self._copies.write(columns, now)
-        return bool(was_taken)
+        return bool(was_taken) and self._servers.shape() == shape
 
     def _hand_over(
         self, saving: Saving, known: SessionRecord | None, written: SessionRecord
     ) -> Entry[Snapshot] | Saving:
         """Have memory forget what PostgreSQL has now, unless it has something newer."""
+        self._store.count_removal()  # a load under way must not keep what it has read
         left = self._store.update(saving.key, partial(_given_up, known, written))[1]
         if left is not None and has_moved_on(left, saving.base) and not left.is_tombstone:
             return saving._replace(rest=Rest.MERGE, record=left)

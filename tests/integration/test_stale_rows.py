@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.exceptions import StoreFullError
+from deferred_sessions.memory.store import HostStore
 from deferred_sessions.models import Session
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.runtime import Runtime
@@ -73,6 +75,31 @@ def test_removals_all_the_time_only_mean_that_nothing_is_kept(
     call(again, "save")
 
     assert row(session.session_key) == {"a": 2}
+
+
+def test_saved_past_memory_while_the_row_was_on_its_way(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    """Memory has no room for the one that changes it, and room again for the one that loads it."""
+    session = created(a=1)
+    again = SessionStore(session.session_key)
+    again["b"] = 2
+    forget(runtime)
+    update = HostStore.update
+
+    def full(store: HostStore, key: str, transition: Any) -> Any:
+        if "remember" in getattr(transition, "__qualname__", ""):
+            raise StoreFullError("full")
+        return update(store, key, transition)
+
+    def others() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(HostStore, "update", full)
+            again.save()
+        assert row(session.session_key) == {"a": 1, "b": 2}
+
+    after_the_read(runtime, monkeypatch, others)
+    assert call(SessionStore(session.session_key), "load") == {"a": 1, "b": 2}
 
 
 def test_the_same_version_with_other_data_is_not_taken_for_written(runtime: Runtime) -> None:
