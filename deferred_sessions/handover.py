@@ -31,6 +31,8 @@ from deferred_sessions.writer import RecordWriter
 
 HOLD: Final = 0.01  # seconds that a session stays at least: who has it shall get to use it
 PART: Final = 500  # sessions given up at once
+ATTEMPTS: Final = 3  # at releasing a lease whose row somebody holds just now
+PAUSE: Final = 0.003  # seconds between them; who asks for a lease holds its row for less
 WANTED: Final = "wanted"  # note: what others ask for and requests of this node still hold
 
 
@@ -110,13 +112,25 @@ class Handover:
         if leases:
             with self._claimed(leases) as free:
                 flushed = self._flushed(free, now)
+                leases.update(flushed)
                 gone = self._store.hand_over(flushed, entered_before)
                 gone += self._insist(set(flushed).difference(gone), leases, now, entered_before)
             going.update((key, leases.pop(key)) for key in gone)
         if going:
-            released = self._leases.release(going)
+            released = self._release(going)
             self._counters.add(Counter.HANDED_OVER, sum(released.values()))
             self._store.handed_over({key: going[key] for key in released})
+
+    def _release(self, going: Mapping[str, int]) -> dict[str, bool]:
+        """Have these leases passed on; what is not returned stays marked for the next time."""
+        released = self._leases.release(going)
+        for _ in range(1, ATTEMPTS):
+            held = {key: fence for key, fence in going.items() if key not in released}
+            if not held:
+                break
+            time.sleep(PAUSE)
+            released |= self._leases.release(held)
+        return released
 
     @contextmanager
     def _claimed(self, leases: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -138,10 +152,11 @@ class Handover:
                 self._claims.release(claim)
 
     def _flushed(self, leases: dict[str, int], now: float) -> dict[str, int]:
-        """Write what is dirty of these; return those that are not known to be refused."""
+        """Write what is dirty of these; return them, under the fence that their rows have then."""
         dirty = self._store.find_dirty(sorted(leases))
         if not dirty:
             return leases
+        leases = {**leases, **{one.key: max(leases[one.key], one.head.fence) for one in dirty}}
         parts = self._servers.by_authority(dirty, lambda one: one.key)
         for server, part in parts:
             try:

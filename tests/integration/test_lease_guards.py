@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_who_may_write(owner: str | None, fence: int, is_taken: bool, statement:
     assert getattr(server, statement)(columns, NOW) == is_taken
     after = Session.objects.get()
     if is_taken:
-        assert after.owner == "a#2"
+        assert (after.owner, after.fence) == ("a#2", 5)
         assert after.expire_date.timestamp() == NOW + 9e6
     else:
         assert (after.owner, after.expire_date) == (before.owner, before.expire_date)
@@ -110,7 +111,7 @@ def test_who_asks_waits_for_who_is_letting_go() -> None:
     thread = threading.Thread(target=ask)
     with second_connection() as other, second_connection() as third:
         with other.transaction():
-            release = "SELECT * FROM deferred_sessions_release('a#1', %s, %s::bigint[])"
+            release = "SELECT * FROM deferred_sessions_release('a#1', %s, %s::bigint[], 0)"
             assert other.execute(release, [[KEY], [0]]).fetchall() == [(KEY, True)]
             thread.start()
             blocked = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid))"
@@ -140,7 +141,7 @@ def test_a_row_read_while_it_was_given_up_is_not_kept(
         monkeypatch.undo()
         with second_connection() as other:  # the next agent, in another process
             other.execute(
-                "SELECT * FROM deferred_sessions_release(%s, %s, %s::bigint[])",
+                "SELECT * FROM deferred_sessions_release(%s, %s, %s::bigint[], 0)",
                 [a.server.owner(), [key], [0]],
             )
         a.store.handed_over({key: 0})
@@ -150,4 +151,23 @@ def test_a_row_read_while_it_was_given_up_is_not_kept(
     with transaction.atomic(), pytest.raises(SessionBusy):
         SessionStore(key).load()
     assert a.store.head(key) is None
+    assert granted_to(key) == ("b#1", 1)
+
+
+def test_c06_a_row_that_is_held_for_a_moment_is_passed_on_at_once(
+    as_node: AsNode,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """C06: who asks for a lease holds its row; who waits must not wait until it asks again."""
+    a = as_node("a")
+    session = created(n=1)
+    key = session.session_key or ""
+    named("b#1").acquire(key)
+    with second_connection() as other:
+        other.execute("BEGIN")
+        other.execute("SELECT 1 FROM deferred_sessions_session FOR KEY SHARE")
+        monkeypatch.setattr(
+            "deferred_sessions.handover.time.sleep", lambda _: other.execute("COMMIT")
+        )
+        a.handover.release_once(time.time() + 1)
     assert granted_to(key) == ("b#1", 1)
