@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Final
 
 from deferred_sessions.exceptions import ServerUnavailableError, StoreError
@@ -27,6 +28,7 @@ from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
+from deferred_sessions.pace import Pace, look
 from deferred_sessions.policy import NEVER, Policy
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.report import AGENT, POLLER, FlushReport
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 STUCK_AFTER: Final = 120.0  # seconds that the longest run may take unremarked
 LOG_INTERVAL: Final = 60.0  # seconds between complaints of an agent that keeps trying
+GIVING_WAY: Final = 0.25  # of the interval: how long a poller pauses in a run, at the most
 NOTE: Final = "flush"  # the name under which the last report is left for the node
 
 
@@ -76,7 +79,8 @@ class Flusher:
         """Write what is due at `now`, or everything that is dirty.
 
         What it reports as written is committed in PostgreSQL. With `everything` it
-        waits for a flusher of this node that is at work; else it steps aside.
+        waits for a flusher of this node that is at work; else it steps aside. A poller gives
+        way to requests where processors are short: see `Pace`.
         """
         self._store.open()
         with self._lock.held(wait=everything) as is_held:
@@ -87,8 +91,12 @@ class Flusher:
             self._store.sweep(now)
             with suppress(ServerUnavailableError):  # the flush itself will say so
                 self._revocations.read_once(now)
+            batches = self._batches(self._horizon(now, everything=everything))
+            if by == POLLER and not everything:
+                batches = self._pace().between(batches)
             report = replace(
-                self._flush(now, self._horizon(now, everything=everything)),
+                self._runs(now).stream(batches),
+                at=now,
                 seconds=time.monotonic() - started,
                 remaining=self._store.status().dirty,
                 by=by,
@@ -171,8 +179,9 @@ class Flusher:
         last = self.last_report()
         return 0.0 if last is None else last.polled_at
 
-    def _flush(self, now: float, horizon: float) -> FlushReport:
-        return replace(self._runs(now).stream(self._batches(horizon)), at=now)
+    def _pace(self) -> Pace:
+        patience = GIVING_WAY * self._policy.interval
+        return Pace(partial(look, self._counters), patience=patience)
 
     def _horizon(self, now: float, *, everything: bool) -> float:
         """Return up to which due time to write.

@@ -114,10 +114,14 @@ class Counters:
         if was_in_vain:
             self.add(Counter.LOCK_TIMEOUTS)
 
+    def total(self, counter: Counter) -> int:
+        """Return the sum over all processes, living and dead."""
+        words = self._words or self._open()
+        return sum(words[counter::SLOT_WORDS])
+
     def totals(self) -> dict[Counter, int]:
         """Return the sum over all processes, living and dead, for each counter."""
-        words = self._words or self._open()
-        return {counter: sum(words[counter::SLOT_WORDS]) for counter in Counter}
+        return {counter: self.total(counter) for counter in Counter}
 
     def clear(self) -> None:
         """Set every counter to zero. For tests and the start of a demonstration."""

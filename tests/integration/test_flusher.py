@@ -167,10 +167,10 @@ def test_one_flusher_of_a_node_at_a_time(runtime: Runtime) -> None:
 
 def test_many_flushers_at_once_are_harmless(runtime: Runtime) -> None:
     """Even without the lock: every session ends up written, once, as it is."""
-    sessions = dirty(50)
+    sessions, flusher = dirty(50), runtime.flusher
 
     def flush() -> None:
-        runtime.flusher._flush(time.time() + 61, time.time() + 61)
+        flusher._runs(time.time() + 61).stream(flusher._batches(time.time() + 61))
         connection.close()
 
     threads = [threading.Thread(target=flush) for _ in range(4)]
