@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 STUCK_AFTER: Final = 120.0  # seconds that the longest run may take unremarked
 LOG_INTERVAL: Final = 60.0  # seconds between complaints of an agent that keeps trying
-GIVING_WAY: Final = 0.25  # of the interval: how long a poller pauses in a run, at the most
+GIVING_WAY: Final = 5.0  # seconds that a poller pauses in a run, at the most
 NOTE: Final = "flush"  # the name under which the last report is left for the node
 
 
@@ -180,8 +180,12 @@ class Flusher:
         return 0.0 if last is None else last.polled_at
 
     def _pace(self) -> Pace:
-        patience = GIVING_WAY * self._policy.interval
-        return Pace(partial(look, self._counters), patience=patience)
+        """Return the pace of a run that nobody waits for; who moves to other servers does."""
+        return Pace(
+            partial(look, self._counters),
+            patience=min(GIVING_WAY, self._policy.interval / 4),
+            may_pause=self._servers.is_settled,
+        )
 
     def _horizon(self, now: float, *, everything: bool) -> float:
         """Return up to which due time to write.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from deferred_sessions.exceptions import (
@@ -129,7 +129,8 @@ class Handover:
             if not held:
                 break
             time.sleep(PAUSE)
-            released |= self._leases.release(held)
+            with suppress(ServerUnavailableError):  # of some of these; the others are passed on
+                released |= self._leases.release(held)
         return released
 
     @contextmanager

@@ -1,7 +1,8 @@
 """Gives way to requests: between two batches, a poller pauses while processors are short.
 
 Called by `flusher` for runs that nobody waits for. Invariant: where processors are free, or no
-requests are served, nothing is waited for; and all pauses of a run have a bound.
+requests are served, nothing is waited for; and all pauses of a run have a bound, because others
+may wait for its end.
 
 Linux tells how long a thread was ready to run and had to wait for a processor
 (https://docs.kernel.org/scheduler/sched-stats.html); where nobody does, there are no pauses. A
@@ -54,9 +55,11 @@ class Pace:
         look: Callable[[], Look],
         *,
         patience: float,
+        may_pause: Callable[[], bool],
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._look = look
+        self._may_pause = may_pause
         self._left = patience
         self._sleep = sleep
 
@@ -74,5 +77,7 @@ class Pace:
     def _pause(self, before: Look, now: Look) -> float:
         ran, waited = now.ran - before.ran, now.waited - before.waited
         if now.served == before.served or waited <= SHORT * (ran + waited):
+            return 0.0
+        if not self._may_pause():
             return 0.0
         return min(AS_LONG * (now.at - before.at), LONGEST, self._left)

@@ -176,6 +176,10 @@ class Fleet:
         view = self.view()
         return view.is_whole and not view.past
 
+    def is_settled(self) -> bool:
+        """Tell whether all that this node has in memory is known where it belongs now."""
+        return self.only is not None or self.view().is_settled
+
     def has_gap(self) -> bool:
         """Tell whether a server may lack something that others have."""
         return self.only is None and self.view().oldest_gap() is not None

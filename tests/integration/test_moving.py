@@ -145,6 +145,20 @@ def test_what_is_loaded_anew_outdoes_all_servers_before(servers: Servers) -> Non
     assert fences(servers, session) == (EPOCH - 1, EPOCH - 1)
 
 
+def test_a_server_that_is_away_keeps_nothing_on_the_others(servers: Servers) -> None:  # noqa: F811
+    """What these have passed on is done; the rest stays marked for the next time."""
+    settled(servers)
+    here, away = created_at(servers, B, n=0), created_at(servers, A, n=0)
+    leases = {session.session_key or "": 0 for session in (here, away)}
+    servers.runtime.store.hand_over(leases, 9e9)
+    servers.stop(A)
+    servers.runtime.handover.release_once(time.time(), ask=False)
+    row = servers.row(here.session_key, B)
+    assert row is not None
+    assert row.owner is None
+    assert servers.runtime.store.handing_over() == {away.session_key: 0}
+
+
 def test_who_has_not_heard_gives_fences_of_the_epoch_before(servers: Servers) -> None:  # noqa: F811
     """What is given where nobody decides any more is behind all that is given where one does."""
     settled(servers)

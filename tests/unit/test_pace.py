@@ -11,11 +11,16 @@ from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.pace import LONGEST, SHORT, Look, Pace, look
 
 
-def paused(*looks: Look, patience: float = 15.0) -> list[float]:
+def paused(*looks: Look, patience: float = 15.0, may_pause: bool = True) -> list[float]:
     """Return the pauses of a run; of `looks`, two for each of its batches follow the first."""
     pauses: list[float] = []
     found = iter(looks)
-    pace = Pace(lambda: next(found), patience=patience, sleep=pauses.append)
+    pace = Pace(
+        lambda: next(found),
+        patience=patience,
+        may_pause=lambda: may_pause,
+        sleep=pauses.append,
+    )
     assert list(pace.between(range(len(looks) // 2))) == [*range(len(looks) // 2)]
     assert next(found, None) is None
     return pauses
@@ -41,6 +46,10 @@ def test_not_where_processors_are_free() -> None:
 def test_not_where_no_requests_are_served() -> None:
     """Somebody else needs the processors: to wait for them would help nobody here."""
     assert paused(*batch(0.03, waited=0.01, served=0)) == []
+
+
+def test_not_where_somebody_waits_for_its_end() -> None:
+    assert paused(*batch(0.03, waited=0.01), may_pause=False) == []
 
 
 def test_a_pause_has_a_bound() -> None:
