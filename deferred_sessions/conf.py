@@ -114,7 +114,10 @@ class Settings:
 
     @property
     def weights(self) -> dict[str, float]:
-        """How much each session server is to hold compared with the others, by alias."""
+        """How much each session server is to hold compared with the others, by alias.
+
+        Not among them is what has weight 0: it is to be emptied.
+        """
         return weights_of(self.servers)
 
     @property
@@ -127,7 +130,7 @@ class Settings:
     @property
     def server(self) -> str:
         """The database alias of the first session server."""
-        return next(iter(self.servers))
+        return next(iter(self.weights))
 
 
 class Problem(NamedTuple):
@@ -165,9 +168,7 @@ def relations() -> Iterator[Problem]:
         )
     yield from starmap(
         Problem,
-        server_problems(
-            tuple(settings.servers), settings.copies, django_settings.DATABASES, _other_kind
-        ),
+        server_problems(settings.servers, settings.copies, django_settings.DATABASES, _other_kind),
     )
     if settings.listen is not None and settings.listen not in django_settings.DATABASES:
         yield Problem(

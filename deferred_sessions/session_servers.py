@@ -62,10 +62,10 @@ def build_session_servers(
     Raises:
         ImproperlyConfigured: Each copy needs a server of its own.
     """
-    if settings.copies > len(settings.servers):
+    if settings.copies > len(settings.weights):
         raise ImproperlyConfigured(
             f"DEFERRED_SESSIONS wants {settings.copies} COPIES of each session, and names "
-            f"{len(settings.servers)} SERVERS: add servers, or lower COPIES."
+            f"{len(settings.weights)} SERVERS: add servers, or lower COPIES."
         )
     owner = partial(_owner, settings.node or _default_name(store.directory), store)
     timeout = settings.server_deadline
@@ -73,6 +73,7 @@ def build_session_servers(
     fleet = Fleet(
         settings.weights,
         copies=settings.copies,
+        is_alone=len(settings.servers) == 1,
         make=partial(SessionServer, owner=owner, timeout=timeout),
         is_known=lambda alias: alias in connections.settings,
         note=partial(_view, store, pulse),

@@ -19,28 +19,32 @@ PLACE: Final = ("HOST", "PORT", "NAME")  # what tells one database from another
 def is_servers(value: object) -> bool:
     """Tell whether these are names of servers, each once, perhaps with weights."""
     if isinstance(value, Mapping):
-        return bool(value) and all(map(_is_name, value)) and all(map(_is_weight, value.values()))
+        weights = list(value.values())
+        return all(map(_is_name, value)) and all(map(_is_weight, weights)) and any(weights)
     if not isinstance(value, list | tuple) or not all(map(_is_name, value)):
         return False
     return len(value) == len(set(value)) > 0
 
 
 def weights_of(servers: Servers) -> dict[str, float]:
-    """Return how much each server is to hold compared with the others."""
+    """Return how much each server is to hold compared with the others.
+
+    Left out are those with weight 0, which are to be emptied.
+    """
     if isinstance(servers, Mapping):
-        return {name: float(weight) for name, weight in servers.items()}
+        return {name: float(weight) for name, weight in servers.items() if weight}
     return dict.fromkeys(servers, 1.0)
 
 
 def server_problems(
-    names: tuple[str, ...], copies: int, databases: Databases, kind: Callable[[str], str | None]
+    servers: Servers, copies: int, databases: Databases, kind: Callable[[str], str | None]
 ) -> Iterator[tuple[str, str, str]]:
     """Yield what is wrong, as code, message and hint.
 
     `kind` returns what a known database is if it is not PostgreSQL, else None.
     """
     places: dict[tuple[str, ...], str] = {}
-    for name in names:
+    for name in servers:
         if name not in databases:
             yield (
                 "E005",
@@ -68,10 +72,11 @@ def server_problems(
                 f"SERVERS names {other!r} and {name!r}, which are the same database.",
                 "Name each database once; two copies in one place are none.",
             )
-    if copies > len(names):
+    homes = len(weights_of(servers))
+    if copies > homes:
         yield (
             "E024",
-            f"COPIES is {copies}, but SERVERS names {len(names)}.",
+            f"COPIES is {copies}, but SERVERS names {homes}.",
             "Each copy needs a server of its own: add servers, or lower COPIES.",
         )
 
@@ -101,4 +106,4 @@ def _is_name(value: object) -> bool:
 
 
 def _is_weight(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -110,7 +110,10 @@ def _runtime_of_several() -> Runtime:
     """
     runtime = get_runtime()
     if runtime.fleet.only is not None:
-        raise CommandError("DEFERRED_SESSIONS['SERVERS'] names one server: all is there.")
+        raise CommandError(
+            "DEFERRED_SESSIONS['SERVERS'] names one server: all is there. If it named another "
+            "before, that may still have sessions: name it with weight 0 until it is empty."
+        )
     if not runtime.fleet.view().settled_on:
         raise CommandError(
             "The agent of this host is not at work. Run this on a host of the site, and as the "

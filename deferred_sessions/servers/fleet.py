@@ -47,6 +47,7 @@ class Fleet:
         weights: Mapping[str, float],
         *,
         copies: int,
+        is_alone: bool,
         make: Callable[[str], SessionServer],
         is_known: Callable[[str], bool],
         note: Callable[[], bytes | None],
@@ -61,8 +62,8 @@ class Fleet:
         self._servers = {alias: make(alias) for alias in weights}
         self._leaving: dict[str, SessionServer] = {}
         self.first = next(iter(self._servers.values()))
-        self.only = self.first if len(self._servers) == 1 else None
-        """The server, if there is but one."""
+        self.only = self.first if is_alone else None
+        """The server, if there is but one, and none that is to be emptied."""
         self._seen: tuple[bytes, View] | None = None
         self._asked: tuple[float, View] | None = None
 

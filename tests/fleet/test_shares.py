@@ -93,3 +93,40 @@ def test_a_server_is_taken_away(fleet: Fleet) -> None:
     assert {len(aliases) for aliases in after.values()} == {1}
     assert after.keys() == set(keys)
     assert all(after[key] == before[key] for key in keys if before[key] != ["c"])
+
+
+def test_a_single_server_is_left(fleet: Fleet) -> None:
+    """The other one has weight 0 until it is empty; nobody is logged out, nothing is lost."""
+    fleet.settings["SERVERS"] = ["a", "b"]
+    host = fleet.host("n", STORE_SIZE=64 << 20, **LATER)
+    process = host.process()
+    keys = process("create_in_memory", 2000)
+    before = fleet.where()
+    process("evict", keys[::2])
+    for key in keys[1::4]:
+        process("change", key, "late", 1)  # memory has it, and nothing else
+    host.kill()
+    host.settings["SERVERS"] = {"a": 1, "b": 0}
+    process = host.process()
+    wait_until(lambda: process("phases").get("b") == "leaving", what="the server to leave")
+    assert process("phases")["a"] == "in"
+    visited = host.visited(keys, visitors=2)
+    key = next(key for key in keys[::2] if before[key] == ["b"])
+    assert process("load", key)["n"] == keys.index(key)
+
+    print(host.run("manage.py", "rebalancesessions"))
+    assert not fleet["b"].sessions()
+    visited("leave")
+    assert process("flush") == ""
+    assert not fleet["b"].sessions()
+    host.kill()
+    host.settings["SERVERS"] = ["a"]
+    fleet.settings["SERVERS"] = ["a"]
+    process = host.process()
+    found = [process("load", key) for key in keys]
+    assert [session["n"] for session in found] == [*range(len(keys))]
+    assert all(session["late"] == 1 for session in found[1::4])
+    verdict = fleet.verdict()
+    print(verdict)
+    assert verdict.wrong(dict(zip(keys, found, strict=True))) == []
+    assert not verdict.errors

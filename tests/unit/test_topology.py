@@ -51,6 +51,7 @@ def test_what_is_wrong(names: list[str], copies: int, expected: list[str]) -> No
     [
         (("b", "a"), {"b": 1.0, "a": 1.0}),
         ({"b": 2, "a": 0.5}, {"b": 2.0, "a": 0.5}),
+        ({"c": 0, "b": 1, "a": 1}, {"b": 1.0, "a": 1.0}),
     ],
 )
 def test_weights_in_their_order(settings: Any, servers: Any, weights: dict[str, float]) -> None:
