@@ -238,6 +238,10 @@ class Flusher:
             yield batch
 
     def _runs(self, now: float) -> FlushRuns:
+        # While sessions move to other servers, what is put off is due for the flush before.
+        interval = self._policy.interval
+        retry_after = interval if self._servers.is_settled() else -interval
+
         def run(server: SessionServer) -> FlushRun:
             return FlushRun(
                 store=self._store,
@@ -245,7 +249,7 @@ class Flusher:
                 server=server,
                 writer=self._writer,
                 counters=self._counters,
-                retry_locked_after=self._policy.interval,
+                retry_locked_after=retry_after,
                 now=now,
             )
 

@@ -46,12 +46,14 @@ class SessionRouter:
 def _servers() -> tuple[str, ...]:
     """Return the session servers; none if the settings have problems.
 
-    Django asks while it runs the checks, which will tell of the problems.
+    Last those that are to be emptied. Django asks while it runs the checks, which will tell
+    of the problems.
     """
     try:
-        return tuple(get_settings().servers)
+        settings = get_settings()
     except ImproperlyConfigured:
         return ()
+    return tuple(sorted(settings.servers, key=lambda name: name not in settings.weights))
 
 
 def _is_ours(model: type[Model]) -> bool:

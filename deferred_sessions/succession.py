@@ -68,6 +68,7 @@ class Succession:
         self._lock = threading.Lock()  # around what the hearts tell
         self._seen = {server.alias: Seen() for server in servers.servers}
         self._marked_for = ""
+        self._marked_at = 0.0
         self._settled_at = 0.0
 
     # Called by the heart of each server
@@ -152,13 +153,14 @@ class Succession:
             return view is not None
         if self._marked_for != view.digest:
             self._mark_moved(view, now)
-            self._marked_for = view.digest
+            self._marked_for, self._marked_at = view.digest, self._clock()
         report = self._flusher.flush_once(now, by=AGENT)
         if report.skipped or report.failure:
             return False
-        if report.locked or report.outdated:  # and put off: some server has less than memory
-            self._marked_for = ""
-            return False
+        if report.locked or report.outdated:  # some server has less than memory
+            if self._clock() - self._marked_at < PATIENCE:
+                return False
+            self._complain_of_rows(report.locked)
         for server in self._servers.live():
             if view.phase(server.alias) == IN:  # a node that begins now is to hear of it there
                 Registry(server).write(view.standings.values())
@@ -202,6 +204,7 @@ class Succession:
 
         Whatever a new home lacks, though nobody deleted it, is written anew, however old.
         """
+        self._store.count_removal()  # settings may have changed, which no note of a view tells
         moved = [
             record.key
             for record in self._store.scan()
@@ -258,6 +261,16 @@ class Succession:
                 )
 
     @staticmethod
+    def _complain_of_rows(count: int) -> None:
+        logger.error(
+            "Transactions have held %d rows of sessions that moved to other servers, for %.0f s. "
+            "Who else asks for these sessions may find them as they were before.",
+            count,
+            PATIENCE,
+            extra={"action": "moved_rows_held", "count": count},
+        )
+
+    @staticmethod
     def _complain(behind: set[str]) -> None:
         logger.error(
             "These nodes live, but have not moved to the present session servers: %s. Their "
@@ -278,8 +291,8 @@ def _told(
         return lifecycle.due_again(record, due_at=now) if record.is_dirty else None
     if least is not None:
         record = lifecycle.moved(record, least=least)
-    if record.is_tombstone:
-        return lifecycle.due_again(record, due_at=now)
+    if record.is_tombstone:  # the server before has deleted the session; this one may have it
+        return lifecycle.forgotten(record, now=now)
     if row is None:
         return lifecycle.unstored(record, now=now)
     return lifecycle.forgotten(record, now=now)

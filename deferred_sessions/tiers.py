@@ -300,7 +300,7 @@ class Tiers:
         if before is not None:
             return None
         if self._servers.shape() != shape:
-            self._write_through.write_where_it_belongs(key, now)
+            self._write_through.write_where_it_belongs(record, now)
         self._store.make_durable(now)
         return Entry(record.version, record.entered_at, snapshot)
 

@@ -85,12 +85,14 @@ class WriteThrough:
                 raise SessionBusy(PASSED_ON)
             self._counters.add(Counter.WRITES_THROUGH)
 
-    def write_where_it_belongs(self, key: str, now: float) -> None:
+    def write_where_it_belongs(self, record: SessionRecord, now: float) -> None:
         """Write a session anew that was sent to its server when that had just ceased to be it."""
         again = partial(lifecycle.forgotten, now=now)
-        record = self._store.update(key, lambda known: known and again(known))[1]
-        if record is not None and not record.is_tombstone:
-            self.write(record, now)
+        kept = self._store.update(record.key, lambda known: known and again(known))[1]
+        if kept is None:  # memory has no room
+            self.insert(record, now)
+        elif not kept.is_tombstone:
+            self.write(kept, now)
 
     def persist(self, record: SessionRecord, now: float) -> None:
         """Write `record` now, or say why not.

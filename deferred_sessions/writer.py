@@ -239,7 +239,8 @@ class RecordWriter:
             self._store.update_many(marks)
         if self._servers.shape() != shape:
             again = partial(_again, now)
-            self._store.update_many({dirty.key: again for dirty in outcome.written})
+            taken = (*outcome.written, *outcome.deleted)
+            self._store.update_many({dirty.key: again for dirty in taken})
 
     def _spread(self, outcome: Outcome, now: float) -> None:
         """Have the further homes know; what they miss stays dirty."""
@@ -291,7 +292,7 @@ def _key(dirty: Dirty) -> str:
 
 
 def _again(now: float, record: SessionRecord | None) -> SessionRecord | None:
-    return record if record is None or record.is_tombstone else lifecycle.forgotten(record, now=now)
+    return record and lifecycle.forgotten(record, now=now)
 
 
 def _stored_expiry(dirty: Dirty, state: State) -> float:

@@ -14,6 +14,7 @@ from django.db import connections
 from deferred_sessions import lifecycle
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.exceptions import StoreFullError
+from deferred_sessions.flusher import Flusher
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.report import FlushReport
 from deferred_sessions.servers.fleet import Fleet
@@ -311,6 +312,60 @@ def test_a_save_past_memory_to_the_server_before(
     assert servers.value(session.session_key, home) == {"n": 1}
 
 
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_deletion_is_repeated_where_the_session_went(
+    servers: Servers,  # noqa: F811
+    meanwhile: Meanwhile,
+    monkeypatch: pytest.MonkeyPatch,
+    is_seen: bool,
+) -> None:
+    """It was confirmed by the server before, which had ceased to decide in this moment."""
+    settled(servers)
+    session = created_at(servers, A, n=0)
+    stand(servers, A, FILLING)
+    change(session, n=1)
+    flush(servers)
+
+    def note_only() -> None:
+        tell(servers, A, IN)
+        with monkeypatch.context() as patch:
+            patch.setattr(servers.runtime.succession, "settle_once", lambda _: False)
+            servers.beat(1)
+
+    meanwhile(SessionServer, "delete", note_only)
+    if not is_seen:
+        monkeypatch.setattr(servers.runtime.fleet, "shape", lambda: ())
+    SessionStore(session.session_key).delete()
+    servers.beat(2)
+    assert servers.runtime.fleet.view().is_agreed
+    assert servers.authority(session.session_key) == A
+    assert servers.row(session.session_key, A) is None
+
+
+def test_a_session_that_is_created_past_memory(
+    servers: Servers,  # noqa: F811
+    meanwhile: Meanwhile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory has no room for it, and its server ceases to decide."""
+    settled(servers)
+    update = HostStore.update
+
+    def full(store: HostStore, key: str, transition: Any) -> Any:
+        if "create" in getattr(transition, "__qualname__", ""):
+            raise StoreFullError("full")
+        return update(store, key, transition)
+
+    monkeypatch.setattr(HostStore, "update", full)
+    homes = set()
+    while len(homes) < 2:
+        phase = IN if "filling" in servers.phases() else FILLING
+        meanwhile(SessionServer, "insert", lambda phase=phase: stand(servers, A, phase))
+        key = created(n=1).session_key or ""
+        homes.add(home := servers.authority(key))
+        assert servers.value(key, home) == {"n": 1}
+
+
 # Before a node says that it has moved
 
 
@@ -343,4 +398,50 @@ def test_a_row_that_somebody_holds_is_waited_for(servers: Servers) -> None:  # n
     servers.beat(2)
     assert servers.runtime.fleet.view().is_agreed
     assert home != servers.authority(session.session_key) == A
+    assert servers.value(session.session_key, A) == {"n": 2}
+
+
+def test_a_row_that_another_flusher_put_off_is_waited_for_too(
+    servers: Servers,  # noqa: F811
+    meanwhile: Meanwhile,
+) -> None:
+    """At the end of a request, say: its session is not due then, as far as the agent can see."""
+    settled(servers)
+    session = created_at(servers, A, n=0)
+    key, flusher = session.session_key or "", servers.runtime.flusher
+    stand(servers, A, FILLING)
+    change(session, n=1)
+    flush(servers)
+    change(session, n=2)
+    with held(A, key):
+        tell(servers, A, IN)
+        meanwhile(Flusher, "flush_once", lambda: flusher.flush_due([key], time.time()), before=True)
+        servers.beat(1)
+        assert not servers.runtime.fleet.view().is_settled
+    servers.beat(2)
+    assert servers.value(key, A) == {"n": 2}
+
+
+def test_nobody_waits_for_a_row_for_ever(
+    servers: Servers,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A transaction that nobody ends must not keep this node from all that has moved."""
+    settled(servers)
+    session = created_at(servers, A, n=0)
+    stand(servers, A, FILLING)
+    change(session, n=1)
+    flush(servers)
+    change(session, n=2)
+    with held(A, session.session_key):
+        tell(servers, A, IN)
+        servers.beat(1)
+        assert not servers.runtime.fleet.view().is_settled
+        clock = servers.runtime.succession._clock
+        monkeypatch.setattr(servers.runtime.succession, "_clock", lambda: clock() + 61.0)
+        servers.beat(1)
+        assert servers.runtime.fleet.view().is_settled
+    assert "rows of sessions that moved" in caplog.text
+    flush(servers)
     assert servers.value(session.session_key, A) == {"n": 2}
