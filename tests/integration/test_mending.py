@@ -46,9 +46,14 @@ def rows(servers: Servers) -> Mapping[str, Shelf]:  # noqa: F811
 
 
 def misplaced(servers: Servers, count: int) -> list[str]:  # noqa: F811
-    """Return keys of sessions that belong on C, and are on A."""
-    keys = []
-    for _ in range(count):
+    """Return keys of sessions that belong on C, and are on A: two at least."""
+    keys: list[str] = []
+    ranked = servers.runtime.fleet.ranked
+
+    def of_a() -> list[str]:  # A is the authority of those that it comes before B for
+        return sorted(key for key in keys if ranked(key).index(A) < ranked(key).index(B))
+
+    while len(keys) < count or len(of_a()) < 2:
         session = created_at(servers, C, n=1)
         row = servers.row(session.session_key, C)
         assert row is not None
@@ -57,9 +62,7 @@ def misplaced(servers: Servers, count: int) -> list[str]:  # noqa: F811
     Session.objects.using(C).all().delete()
     with connections[C].cursor() as cursor:
         cursor.execute("DELETE FROM deferred_sessions_revocation")
-    # A is the authority of those that it comes before B for.
-    ranked = servers.runtime.fleet.ranked
-    return sorted(key for key in keys if ranked(key).index(A) < ranked(key).index(B))
+    return of_a()
 
 
 def meanwhile(patch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:

@@ -65,11 +65,12 @@ def test_flushes_are_hot_updates(runtime: Runtime) -> None:
         session.update({"n": 0, "_auth_user_id": "7"})
         session.save()
     query("SELECT pg_stat_reset() IS NULL")
+    written = 0
     for turn in range(20):
         for session in sessions:
             session["n"] = turn + 1
             session.save()
-        runtime.flusher.flush_once(time.time(), everything=True)
+        written += runtime.flusher.flush_once(time.time(), everything=True).updated
     connection.close()  # the figures are sent when a backend ends
 
     updates, hot = query(
@@ -77,9 +78,11 @@ def test_flushes_are_hot_updates(runtime: Runtime) -> None:
         "WHERE relname = 'deferred_sessions_session'"
     )[0]
 
-    assert updates == 1000
+    assert written == 1000
+    assert isinstance(updates, int)
     assert isinstance(hot, int)
-    assert hot >= 900  # the others found their page full; an index would make it none
+    assert updates >= 1000  # with those of other backends of the tests before, which end late
+    assert hot >= 0.9 * updates  # the others found their page full; an index would make it none
 
 
 def test_the_day_follows_the_expiry() -> None:
