@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -12,6 +13,8 @@ from asgiref.sync import async_to_sync
 from django.db import connection
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.exceptions import StoreFullError
+from deferred_sessions.memory.store import HostStore
 from deferred_sessions.models import Session
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.runtime import Runtime, get_runtime
@@ -99,6 +102,21 @@ def change(session: SessionStore, **values: Any) -> SessionStore:
 def dirty(count: int) -> list[SessionStore]:
     """Return so many sessions with a change that PostgreSQL lacks."""
     return [change(created(n=0), n=number + 1) for number in range(count)]
+
+
+@contextmanager
+def no_room_to(work: str) -> Iterator[None]:
+    """Have memory be full for what a method of `Tiers` puts there in the block."""
+    update = HostStore.update
+
+    def full(store: HostStore, key: str, transition: Any) -> Any:
+        if f"Tiers.{work}." in getattr(transition, "__qualname__", ""):
+            raise StoreFullError("full")
+        return update(store, key, transition)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostStore, "update", full)
+        yield
 
 
 def record(runtime: Runtime, session: SessionStore) -> SessionRecord:

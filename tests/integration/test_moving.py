@@ -13,9 +13,7 @@ from django.db import connections
 
 from deferred_sessions import lifecycle
 from deferred_sessions.backend import SessionStore
-from deferred_sessions.exceptions import StoreFullError
 from deferred_sessions.flusher import Flusher
-from deferred_sessions.memory.store import HostStore
 from deferred_sessions.report import FlushReport
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.leases import Leases
@@ -23,7 +21,14 @@ from deferred_sessions.servers.registry import announce
 from deferred_sessions.servers.rows import Answer
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import FILLING, IN
-from tests.integration.conftest import change, created, forget, record, second_connection
+from tests.integration.conftest import (
+    change,
+    created,
+    forget,
+    no_room_to,
+    record,
+    second_connection,
+)
 from tests.integration.fleets import (
     ALIASES,
     Servers,
@@ -291,22 +296,14 @@ def test_a_session_that_is_created_at_the_server_before(
 def test_a_save_past_memory_to_the_server_before(
     servers: Servers,  # noqa: F811
     meanwhile: Meanwhile,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settled(servers)
     session = created_at(servers, A, n=0)
-    update = HostStore.update
-
-    def full(store: HostStore, key: str, transition: Any) -> Any:
-        if "remember" in getattr(transition, "__qualname__", ""):
-            raise StoreFullError("full")
-        return update(store, key, transition)
-
     loaded_one = SessionStore(session.session_key)
     loaded_one["n"] = 1
-    monkeypatch.setattr(HostStore, "update", full)
     meanwhile(SessionServer, "update", lambda: stand(servers, A, FILLING))
-    loaded_one.save()
+    with no_room_to("remember"):
+        loaded_one.save()
     home = servers.authority(session.session_key)
     assert home != A
     assert servers.value(session.session_key, home) == {"n": 1}
@@ -345,23 +342,15 @@ def test_a_deletion_is_repeated_where_the_session_went(
 def test_a_session_that_is_created_past_memory(
     servers: Servers,  # noqa: F811
     meanwhile: Meanwhile,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Memory has no room for it, and its server ceases to decide."""
     settled(servers)
-    update = HostStore.update
-
-    def full(store: HostStore, key: str, transition: Any) -> Any:
-        if "create" in getattr(transition, "__qualname__", ""):
-            raise StoreFullError("full")
-        return update(store, key, transition)
-
-    monkeypatch.setattr(HostStore, "update", full)
     homes = set()
     while len(homes) < 2:
         phase = IN if "filling" in servers.phases() else FILLING
         meanwhile(SessionServer, "insert", lambda phase=phase: stand(servers, A, phase))
-        key = created(n=1).session_key or ""
+        with no_room_to("create"):
+            key = created(n=1).session_key or ""
         homes.add(home := servers.authority(key))
         assert servers.value(key, home) == {"n": 1}
 

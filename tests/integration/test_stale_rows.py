@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 
 from deferred_sessions.backend import SessionStore
-from deferred_sessions.exceptions import StoreFullError
-from deferred_sessions.memory.store import HostStore
 from deferred_sessions.models import Session
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.runtime import Runtime
-from tests.integration.conftest import change, created, dirty, forget, record, row
+from tests.integration.conftest import change, created, dirty, forget, no_room_to, record, row
 
 pytestmark = pytest.mark.django_db(transaction=True)
 Call = Callable[..., Any]
@@ -85,16 +83,9 @@ def test_saved_past_memory_while_the_row_was_on_its_way(
     again = SessionStore(session.session_key)
     again["b"] = 2
     forget(runtime)
-    update = HostStore.update
-
-    def full(store: HostStore, key: str, transition: Any) -> Any:
-        if "remember" in getattr(transition, "__qualname__", ""):
-            raise StoreFullError("full")
-        return update(store, key, transition)
 
     def others() -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(HostStore, "update", full)
+        with no_room_to("remember"):
             again.save()
         assert row(session.session_key) == {"a": 1, "b": 2}
 
