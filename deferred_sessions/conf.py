@@ -114,10 +114,7 @@ class Settings:
 
     @property
     def weights(self) -> dict[str, float]:
-        """How much each session server is to hold compared with the others, by alias.
-
-        Not among them is what has weight 0: it is to be emptied.
-        """
+        """How much each session server is to hold, by alias; without those to be emptied."""
         return weights_of(self.servers)
 
     @property

@@ -85,6 +85,19 @@ def stand(servers: Servers, alias: str, phase: str) -> None:  # noqa: F811
     assert servers.runtime.fleet.view().phase(alias) == phase
 
 
+def copied(servers: Servers) -> SessionStore:  # noqa: F811
+    """Return a session, {"n": 1}, that another server decides about until A is in again.
+
+    A is being filled, and has a copy.
+    """
+    settled(servers)
+    session = created_at(servers, A, n=0)
+    stand(servers, A, FILLING)
+    change(session, n=1)
+    flush(servers)
+    return session
+
+
 def fences(servers: Servers, session: SessionStore) -> tuple[int, int]:  # noqa: F811
     """Return the fences of a session in memory and where it belongs."""
     row = servers.row(session.session_key, servers.authority(session.session_key))
@@ -227,11 +240,7 @@ def test_what_the_server_before_says_does_not_count(
     sent: str,
 ) -> None:
     """The next one lacks what was sent to it, until this node has written it there."""
-    settled(servers)
-    session = created_at(servers, A, n=0)
-    stand(servers, A, FILLING)
-    change(session, n=1)
-    flush(servers)
+    session = copied(servers)
     assert servers.value(session.session_key, A) == {"n": 1}  # a copy
 
     def move_but_do_not_write() -> None:
@@ -262,11 +271,7 @@ def test_a_deletion_that_is_sent_to_the_server_before(
     is_known: bool,
 ) -> None:
     """It is sent to the next one, too, which may have the row; so memory knows it or not."""
-    settled(servers)
-    session = created_at(servers, A, n=0)
-    stand(servers, A, FILLING)  # another one decides now, and A gets copies
-    change(session, n=1)
-    flush(servers)
+    session = copied(servers)
     if not is_known:
         forget(servers.runtime)
     meanwhile(SessionServer, "delete", lambda: stand(servers, A, IN))
@@ -317,11 +322,7 @@ def test_a_deletion_is_repeated_where_the_session_went(
     is_seen: bool,
 ) -> None:
     """It was confirmed by the server before, which had ceased to decide in this moment."""
-    settled(servers)
-    session = created_at(servers, A, n=0)
-    stand(servers, A, FILLING)
-    change(session, n=1)
-    flush(servers)
+    session = copied(servers)
 
     def note_only() -> None:
         tell(servers, A, IN)
@@ -417,11 +418,7 @@ def test_nobody_waits_for_a_row_for_ever(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A transaction that nobody ends must not keep this node from all that has moved."""
-    settled(servers)
-    session = created_at(servers, A, n=0)
-    stand(servers, A, FILLING)
-    change(session, n=1)
-    flush(servers)
+    session = copied(servers)
     change(session, n=2)
     with held(A, session.session_key):
         tell(servers, A, IN)
