@@ -19,7 +19,9 @@ from django.test import override_settings
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
-from tests.integration.conftest import created
+from deferred_sessions.servers.registry import announce
+from deferred_sessions.servers.view import FILLING
+from tests.integration.conftest import change, created
 from tests.plugins.postgres import database_url
 
 ALIASES = ("sessions_a", "sessions_b", "sessions_c")
@@ -198,6 +200,34 @@ def settled(servers: Servers, **settings: Any) -> Servers:
     assert servers.phases() == "in in in"
     assert servers.runtime.fleet.view().is_agreed
     return servers
+
+
+def tell(servers: Servers, alias: str, phase: str) -> None:
+    """Tell all servers that one of them stands so."""
+    known = servers.runtime.fleet.view().standings[alias]
+    after = known._replace(number=known.number + 1, phase=phase, since=time.time())
+    assert announce(servers.runtime.fleet.live(), after)
+
+
+def stand(servers: Servers, alias: str, phase: str) -> None:
+    """Have a server stand so, and the node move to that."""
+    tell(servers, alias, phase)
+    servers.beat(2)
+    assert servers.runtime.fleet.view().is_agreed
+    assert servers.runtime.fleet.view().phase(alias) == phase
+
+
+def copied(servers: Servers, alias: str = ALIASES[0]) -> SessionStore:
+    """Return a session, {"n": 1}, that another server decides about until one is in again.
+
+    That one is being filled, and has a copy.
+    """
+    settled(servers)
+    session = created_at(servers, alias, n=0)
+    stand(servers, alias, FILLING)
+    change(session, n=1)
+    flush(servers)
+    return session
 
 
 @pytest.fixture(autouse=True)

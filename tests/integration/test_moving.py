@@ -17,7 +17,6 @@ from deferred_sessions.flusher import Flusher
 from deferred_sessions.report import FlushReport
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.leases import Leases
-from deferred_sessions.servers.registry import announce
 from deferred_sessions.servers.rows import Answer
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.view import FILLING, IN
@@ -35,11 +34,14 @@ from tests.integration.fleets import (
     _databases,  # noqa: F401 - a fixture
     _fleet,  # noqa: F401 - a fixture
     _is_impatient,  # noqa: F401 - a fixture
+    copied,
     created_at,
     flush,
     loaded,
     servers,  # noqa: F401 - a fixture
     settled,
+    stand,
+    tell,
 )
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -68,34 +70,6 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Meanwhile:
         monkeypatch.setattr(owner, name, patched)
 
     return have
-
-
-def tell(servers: Servers, alias: str, phase: str) -> None:  # noqa: F811
-    """Tell all servers that one of them stands so."""
-    known = servers.runtime.fleet.view().standings[alias]
-    after = known._replace(number=known.number + 1, phase=phase, since=time.time())
-    assert announce(servers.runtime.fleet.live(), after)
-
-
-def stand(servers: Servers, alias: str, phase: str) -> None:  # noqa: F811
-    """Have a server stand so, and the node move to that."""
-    tell(servers, alias, phase)
-    servers.beat(2)
-    assert servers.runtime.fleet.view().is_agreed
-    assert servers.runtime.fleet.view().phase(alias) == phase
-
-
-def copied(servers: Servers) -> SessionStore:  # noqa: F811
-    """Return a session, {"n": 1}, that another server decides about until A is in again.
-
-    A is being filled, and has a copy.
-    """
-    settled(servers)
-    session = created_at(servers, A, n=0)
-    stand(servers, A, FILLING)
-    change(session, n=1)
-    flush(servers)
-    return session
 
 
 def fences(servers: Servers, session: SessionStore) -> tuple[int, int]:  # noqa: F811
@@ -373,12 +347,8 @@ def held(alias: str, key: str | None) -> Iterator[None]:
 
 def test_a_row_that_somebody_holds_is_waited_for(servers: Servers) -> None:  # noqa: F811
     """Or others would be given the lease, with what stands there."""
-    settled(servers)
-    session = created_at(servers, A, n=0)
-    stand(servers, A, FILLING)
+    session = copied(servers)
     home = servers.authority(session.session_key)
-    change(session, n=1)
-    flush(servers)  # A gets a copy
     change(session, n=2)
     with held(A, session.session_key):
         tell(servers, A, IN)
@@ -396,12 +366,8 @@ def test_a_row_that_another_flusher_put_off_is_waited_for_too(
     meanwhile: Meanwhile,
 ) -> None:
     """At the end of a request, say: its session is not due then, as far as the agent can see."""
-    settled(servers)
-    session = created_at(servers, A, n=0)
+    session = copied(servers)
     key, flusher = session.session_key or "", servers.runtime.flusher
-    stand(servers, A, FILLING)
-    change(session, n=1)
-    flush(servers)
     change(session, n=2)
     with held(A, key):
         tell(servers, A, IN)
