@@ -39,7 +39,7 @@ class DeferredSessionsConfig(AppConfig):
             check_deployment,
             check_settings,
         )
-        from deferred_sessions.conf import project  # noqa: PLC0415
+        from deferred_sessions.identity import project  # noqa: PLC0415
 
         project()
 

@@ -118,6 +118,11 @@ class Settings:
         return weights_of(self.servers)
 
     @property
+    def emptied(self) -> tuple[str, ...]:
+        """The session servers that are to hold nothing any more: their weight is 0."""
+        return tuple(name for name in self.servers if name not in self.weights)
+
+    @property
     def server_deadline(self) -> float | None:
         """Seconds after which a session server that does not answer has failed; None: never."""
         if self.server_timeout is None and len(self.servers) > 1:
@@ -363,26 +368,6 @@ def session_store(engine: str) -> type[SessionBase]:
 def longest_life() -> float:
     """Return for how many seconds a session lives that nobody uses, by default."""
     return float(django_settings.SESSION_COOKIE_AGE)
-
-
-def store_identity() -> str:
-    """Return which project and database a host store belongs to.
-
-    Not the secret key, which may be rotated, nor a path, which may change with each
-    release: neither may part a project from its unflushed sessions.
-    """
-    database = connections[get_settings().server].settings_dict
-    place = "/".join(str(database.get(part) or "") for part in ("HOST", "PORT", "NAME"))
-    return f"{project()}@{place}"
-
-
-@functools.cache
-def project() -> str:
-    """Return the name of the project: its ROOT_URLCONF when Django started.
-
-    Tests change that setting, but are still the same project.
-    """
-    return str(django_settings.ROOT_URLCONF)
 
 
 def is_under_test() -> bool:

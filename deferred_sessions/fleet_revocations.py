@@ -7,12 +7,15 @@ that cannot be read holds up none of the others, and what it has to say is read 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import DeferredSessionsError
 from deferred_sessions.revocations import Revocations
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.server import SessionServer
+
+LEFT: Final = 30 * 86_400.0  # seconds for which what was deleted is kept for servers that left
 
 
 class FleetRevocations:
@@ -42,11 +45,14 @@ class FleetRevocations:
     def prune(self, now: float) -> None:
         """Remove from PostgreSQL what every node, and every server, has had time to read.
 
-        A server that is not in has yet to hear of what was deleted since it was left out.
+        A server that is not in has yet to hear of what was deleted since it was left out; so
+        has, for a month, one that has left SERVERS, because it may be named again.
         """
-        before = now - lifecycle.REMEMBERED
+        since = now
         if self._servers.only is None:
-            gap = self._servers.view().oldest_gap()
-            before = before if gap is None else min(before, gap - lifecycle.REMEMBERED)
+            view = self._servers.view()
+            left = max(view.left_since(), now - LEFT) if view.leaving else now
+            since = min(now, left, now if (gap := view.oldest_gap()) is None else gap)
+        before = since - lifecycle.REMEMBERED
         for server in self._servers.live():
             server.prune_revocations(before)

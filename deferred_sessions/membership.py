@@ -23,7 +23,8 @@ from deferred_sessions.servers.server import SessionServer
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL: Final = 60.0  # seconds between messages about the same other node
-VIEW: Final = "view"  # the trait that tells how a node sees the session servers
+SERVERS: Final = "servers"  # the trait that tells which session servers a node is to use
+SETTLED_ON: Final = "view"  # the one that tells how it sees them
 
 
 class Watched(NamedTuple):
@@ -46,7 +47,7 @@ class Membership:
         timeout: float,
         traits: Mapping[str, Sequence[str]],
         clock: Callable[[], float],
-        settled_on: Callable[[], str] = str,
+        says: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._leases = leases
         self.server = server
@@ -54,7 +55,7 @@ class Membership:
         self._timeout = timeout
         self._traits = traits
         self._clock = clock
-        self._settled_on = settled_on
+        self._says = says
         self.others: list[Beat] | None = None
         """The other nodes that were alive at the last heartbeat; None if that was in vain."""
         self._watched: dict[str, Watched] = {}
@@ -95,8 +96,7 @@ class Membership:
         """Beat; if somebody has found this node dead, take note of it and revive."""
         began = self._clock()
         traits = {trait: values[0] for trait, values in self._traits.items()}
-        if view := self._settled_on():
-            traits[VIEW] = view
+        traits.update(self._says())
         try:
             self._pulse.watch_clock(now)
             beats = self._leases.beat(traits, word)

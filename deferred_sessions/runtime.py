@@ -35,7 +35,6 @@ from deferred_sessions.conf import (
     session_serializer,
     session_store,
     site,
-    store_identity,
     traits,
 )
 from deferred_sessions.encoding import RowEncoder
@@ -45,6 +44,7 @@ from deferred_sessions.fleet_membership import FleetMembership
 from deferred_sessions.fleet_revocations import FleetRevocations
 from deferred_sessions.flusher import Flusher
 from deferred_sessions.handover import Handover
+from deferred_sessions.identity import store_identity
 from deferred_sessions.intake import Intake
 from deferred_sessions.memory.cache import SessionCache
 from deferred_sessions.memory.claims import Claims

@@ -20,7 +20,7 @@ from django.db import connections
 from deferred_sessions.conf import Settings
 from deferred_sessions.fleet_membership import FleetMembership
 from deferred_sessions.fleet_revocations import FleetRevocations
-from deferred_sessions.membership import Membership
+from deferred_sessions.membership import SERVERS, SETTLED_ON, Membership
 from deferred_sessions.memory.counters import Counters
 from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
@@ -73,7 +73,7 @@ def build_session_servers(
     fleet = Fleet(
         settings.weights,
         copies=settings.copies,
-        is_alone=len(settings.servers) == 1,
+        emptied=settings.emptied,
         make=partial(SessionServer, owner=owner, timeout=timeout),
         is_known=lambda alias: alias in connections.settings,
         note=partial(_view, store, pulse),
@@ -90,7 +90,7 @@ def build_session_servers(
             timeout=settings.node_timeout,
             traits=traits,
             clock=moment,
-            settled_on=str if fleet.only is not None else partial(_settled_on, fleet),
+            says=dict if fleet.only is not None else partial(_said, fleet),
         )
 
     def revocations(server: SessionServer) -> Revocations:
@@ -141,5 +141,7 @@ def _owner(name: str, store: HostStore) -> str:
     return f"{name}#{store.incarnation()}"
 
 
-def _settled_on(fleet: Fleet) -> str:
-    return fleet.view().settled_on
+def _said(fleet: Fleet) -> dict[str, str]:
+    """Return what each heartbeat tells the other nodes."""
+    settled_on = fleet.view().settled_on
+    return {SERVERS: fleet.wish} | ({SETTLED_ON: settled_on} if settled_on else {})

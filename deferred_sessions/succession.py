@@ -11,35 +11,39 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Final
 
-from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import DeferredSessionsError
 from deferred_sessions.fleet_membership import FleetMembership
 from deferred_sessions.flusher import Flusher
-from deferred_sessions.membership import VIEW as TRAIT
+from deferred_sessions.membership import SERVERS, SETTLED_ON
 from deferred_sessions.memory.pulse import Pulse
 from deferred_sessions.memory.store import HostStore
-from deferred_sessions.memory.tables import Transition
+from deferred_sessions.moving import Moving
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import SessionRecord
-from deferred_sessions.report import AGENT
-from deferred_sessions.revocations import ended
-from deferred_sessions.servers.deciding import Seen, decide
+from deferred_sessions.servers.deciding import Seen, decide, left
 from deferred_sessions.servers.fleet import Fleet
-from deferred_sessions.servers.lookup import positions
 from deferred_sessions.servers.registry import Registry
-from deferred_sessions.servers.rows import Position
+from deferred_sessions.servers.resync import Resync
+from deferred_sessions.servers.rows import Beat
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.view import IN, OUT, Standings, View, encode, merged
+from deferred_sessions.servers.standing import (
+    DISORDER,
+    GONE,
+    IN,
+    LEAVING,
+    ORDER,
+    OUT,
+    Standings,
+    merged,
+)
+from deferred_sessions.servers.view import View, encode
 from deferred_sessions.session_servers import VIEW
 
 logger = logging.getLogger(__name__)
 
 AT_ONCE: Final = 0.5  # seconds in which it is told that nobody listens
-PART: Final = 1000  # sessions to ask for at once
 PATIENCE: Final = 60.0  # seconds that nodes wait for one that lives, but does not settle
 RECENT: Final = 120.0  # seconds; a node that begins after a change takes others to be moving
 
@@ -61,15 +65,16 @@ class Succession:
         self._store = store
         self._servers = servers
         self._membership = membership
-        self._flusher = flusher
+        self._moving = Moving(
+            store=store, servers=servers, flusher=flusher, policy=policy, clock=clock
+        )
         self._pulse = pulse
-        self._policy = policy
         self._clock = clock
         self._lock = threading.Lock()  # around what the hearts tell
         self._seen = {server.alias: Seen() for server in servers.servers}
-        self._marked_for = ""
-        self._marked_at = 0.0
         self._settled_at = 0.0
+        self._differs_since: float | None = None
+        self._has_left_others = False
 
     # Called by the heart of each server
 
@@ -81,7 +86,9 @@ class Succession:
         """
         membership, began = self._membership.at(alias), self._clock()
         if self._servers.only is not None:
-            return membership.beat_once(now)
+            dead = membership.beat_once(now)
+            self._leave_others(membership.server, now)
+            return dead
         try:
             dead = membership.beat_once(now)
             self._exchange(membership.server)
@@ -93,6 +100,25 @@ class Succession:
                 self._seen[alias] = seen.missed(is_refused=is_refused)
             raise
         return dead
+
+    def _leave_others(self, server: SessionServer, now: float) -> None:
+        """Have the register of a single server say that others are not used any more."""
+        if self._has_left_others:
+            return
+        registry = Registry(server)
+        known = registry.read()
+        others = [s for name, s in known.items() if name not in {server.alias, ORDER}]
+        registry.write([left(standing, now) for standing in others])
+        self._has_left_others = True
+        full = sorted(standing.server for standing in others if standing.phase != GONE)
+        if full:
+            logger.error(
+                "DEFERRED_SESSIONS['SERVERS'] names %s alone. What is on %s is not looked for: "
+                "name these with weight 0 until `manage.py rebalancesessions` has emptied them.",
+                server.alias,
+                ", ".join(full),
+                extra={"action": "servers_left", "servers": full},
+            )
 
     def _exchange(self, server: SessionServer) -> None:
         """Hear what a server that has just answered knows of all, and tell it what it does not."""
@@ -117,6 +143,7 @@ class Succession:
             ServerUnavailableError: What is left is done the next time.
         """
         self.decide_once(now)
+        self._watch_unity()
         return self.settle_once(now) and self.agree_once(now)
 
     @property
@@ -132,14 +159,20 @@ class Succession:
         with self._lock:
             seen = dict(self._seen)
         view = self._noted()
-        known: Standings = {} if view is None else view.standings
-        standings = decide(known, (s.alias for s in self._servers.servers), seen, now)
-        if not standings or (view is not None and standings == known):
+        start = self._servers.start({}) if view is None else view
+        standings = decide(
+            start,
+            seen,
+            now,
+            emptied=self._servers.emptied,
+            is_unanimous=view is not None and self._is_unanimous(),
+        )
+        if not standings or (view is not None and standings == view.standings):
             return False
         after = self._begun(standings, now) if view is None else view.with_standings(standings)
         # A load under way must not keep what it was given by the view before.
         self._store.set_note(VIEW, encode(after), voids_loads=True)
-        self._tell(known, after)
+        self._tell(start.standings, after)
         return True
 
     def settle_once(self, now: float) -> bool:
@@ -151,16 +184,8 @@ class Succession:
         view = self._noted()
         if view is None or view.is_settled:
             return view is not None
-        if self._marked_for != view.digest:
-            self._mark_moved(view, now)
-            self._marked_for, self._marked_at = view.digest, self._clock()
-        report = self._flusher.flush_once(now, by=AGENT)
-        if report.skipped or report.failure:
+        if not self._moving.move_once(view, now):
             return False
-        if report.locked or report.outdated:  # some server has less than memory
-            if self._clock() - self._marked_at < PATIENCE:
-                return False
-            self._complain_of_rows(report.locked)
         for server in self._servers.live():
             if view.phase(server.alias) == IN:  # a node that begins now is to hear of it there
                 Registry(server).write(view.standings.values())
@@ -176,11 +201,13 @@ class Succession:
         others = self._membership.others()
         if others is None:
             return False
-        behind = {beat.node for beat in others if beat.traits.get(TRAIT) != view.digest}
+        behind = {beat.node for beat in others if beat.traits.get(SETTLED_ON) != view.digest}
         if behind and self._clock() - self._settled_at < PATIENCE:
             return False
         if behind:
             self._complain(behind)
+        elif view.is_untidy:
+            Resync(self._servers).begin()
         self._store.set_note(VIEW, encode(view.agreed()))
         self._pulse.granted()  # whoever waits may ask for leases now
         return True
@@ -192,6 +219,36 @@ class Succession:
         note = self._store.note(VIEW)
         return None if note is None else self._servers.read(note)
 
+    def _is_unanimous(self) -> bool:
+        """Tell whether all living nodes name the same servers, with the same weights."""
+        others = self._membership.others()
+        return others is not None and not self._differing(others)
+
+    def _differing(self, others: list[Beat]) -> list[str]:
+        """Return the nodes that name other servers, or weights, or COPIES."""
+        wish = self._servers.wish
+        return sorted({b.node.partition("#")[0] for b in others if b.traits.get(SERVERS) != wish})
+
+    def _watch_unity(self) -> None:
+        """Say so, each minute, if a server cannot be used because not all hosts name it."""
+        view = self._noted()
+        waiting = [n for n in view.names if view.phase(n) in {LEAVING, GONE}] if view else []
+        others = self._membership.others() if waiting else None
+        differing = self._differing(others or [])
+        if not differing:
+            self._differs_since = None
+        elif self._differs_since is None:
+            self._differs_since = self._clock()
+        elif self._clock() - self._differs_since >= PATIENCE:
+            self._differs_since = self._clock()
+            logger.error(
+                "These hosts have other DEFERRED_SESSIONS['SERVERS'], weights or 'COPIES' than "
+                "this one: %s. Before all have the same, %s will hold no sessions.",
+                ", ".join(differing),
+                ", ".join(waiting),
+                extra={"action": "servers_differ", "count": len(differing)},
+            )
+
     def _begun(self, standings: Standings, now: float) -> View:
         """Return the first view of this node."""
         view = self._servers.start(standings)
@@ -199,57 +256,14 @@ class Succession:
             return view.begun_late()
         return view
 
-    def _mark_moved(self, view: View, now: float) -> None:
-        """Have all sessions in memory that belong elsewhere now written there, with their leases.
-
-        Whatever a new home lacks, though nobody deleted it, is written anew, however old.
-        """
-        self._store.count_removal()  # settings may have changed, which no note of a view tells
-        moved = [
-            record.key
-            for record in self._store.scan()
-            if view.has_moved(self._servers.ranked(record.key))
-        ]
-        for server, keys in self._servers.by_authority(moved, str):
-            for start in range(0, len(keys), PART):
-                self._mark(server, keys[start : start + PART], view, now)
-        if moved:
-            logger.info(
-                "%d sessions of this host belong to other session servers now.",
-                len(moved),
-                extra={"action": "sessions_moved", "count": len(moved)},
-            )
-
-    def _mark(self, server: SessionServer, keys: Sequence[str], view: View, now: float) -> None:
-        server.connect()
-        found = positions(server, keys)
-        gone = [key for key in keys if key not in found]
-        revoked = server.revoked(gone) if gone else set()
-        for key in revoked:
-            self._store.bury(key, partial(ended, key, self._policy, now))
-        marks: dict[str, Transition] = {}
-        for key in keys:
-            if key not in revoked:
-                least = self._least_fence(key, found.get(key), view)
-                marks[key] = partial(_told, found.get(key), least, now)
-        self._store.update_many(marks)
-
-    def _least_fence(self, key: str, row: Position | None, view: View) -> int | None:
-        """Return what the fence of a session in memory is to exceed; None if it stays.
-
-        To move is a change of hands: so no fence is given twice, by a server then and by
-        another one now. What is left over on the new one, from before it decided, may have a
-        later fence than the session, and is outbid; what a node has told it since counts.
-        """
-        if not view.has_changed_hands(self._servers.ranked(key)):
-            return None
-        return 0 if row is None or row.written_at >= view.changed_at() else row.fence
-
     @staticmethod
     def _tell(before: Standings, view: View) -> None:
         for name, standing in sorted(view.standings.items()):
             old = before.get(name)
-            if old is not None and old.phase != standing.phase:
+            if name == ORDER:
+                if old is not None and old.phase != DISORDER and not view.is_in_order:
+                    logger.info(LOOKED_FOR, extra={"action": "order_changed"})
+            elif old is not None and old.phase != standing.phase:
                 level = logging.WARNING if standing.phase == OUT else logging.INFO
                 logger.log(
                     level,
@@ -259,16 +273,6 @@ class Succession:
                     old.phase,
                     extra={"action": "server_moved", "server": name, "phase": standing.phase},
                 )
-
-    @staticmethod
-    def _complain_of_rows(count: int) -> None:
-        logger.error(
-            "Transactions have held %d rows of sessions that moved to other servers, for %.0f s. "
-            "Who else asks for these sessions may find them as they were before.",
-            count,
-            PATIENCE,
-            extra={"action": "moved_rows_held", "count": count},
-        )
 
     @staticmethod
     def _complain(behind: set[str]) -> None:
@@ -281,18 +285,7 @@ class Succession:
         )
 
 
-def _told(
-    row: Position | None, least: int | None, now: float, record: SessionRecord | None
-) -> SessionRecord | None:
-    """Return `record` as it is when the server that decides now has it like this."""
-    if record is None:
-        return None
-    if row is not None and row.version > record.version and not record.is_tombstone:
-        return lifecycle.due_again(record, due_at=now) if record.is_dirty else None
-    if least is not None:
-        record = lifecycle.moved(record, least=least)
-    if record.is_tombstone:  # the server before has deleted the session; this one may have it
-        return lifecycle.forgotten(record, now=now)
-    if row is None:
-        return lifecycle.unstored(record, now=now)
-    return lifecycle.forgotten(record, now=now)
+LOOKED_FOR: Final = (
+    "Weights, COPIES or SERVERS have changed: sessions that no host has in memory are looked for "
+    "on all session servers, until all have been brought to where they belong now."
+)

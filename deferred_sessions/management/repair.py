@@ -17,7 +17,7 @@ from deferred_sessions.management.progress import ProgressBar
 from deferred_sessions.runtime import Runtime, get_runtime
 from deferred_sessions.servers.mender import Tally
 from deferred_sessions.servers.resync import Resync
-from deferred_sessions.servers.view import OUT
+from deferred_sessions.servers.standing import GONE, LEAVING, OUT
 
 PAUSE: Final = 0.25  # seconds between looks at what another node does
 LINE: Final = "{:24} {:8} {:>12} {:>18} {:>12}"
@@ -48,7 +48,7 @@ class RepairCommand(BaseCommand):
         """Repair until nothing is left to do, and say what that came to."""
         resync, began = runtime.resync, time.monotonic()
         try:
-            self._refuse_servers_that_are_out(runtime)
+            self._refuse_servers_that_are_not_there(runtime)
             done = self._repair(resync, leaving=self.empties_leaving)
         except DeferredSessionsError as error:
             raise CommandError(f"Run it again, or leave the rest to the agents: {error}") from error
@@ -92,13 +92,19 @@ class RepairCommand(BaseCommand):
                 current = progress.tally
                 bar.show(total.looked_at + current.looked_at)
 
-    def _refuse_servers_that_are_out(self, runtime: Runtime) -> None:
+    def _refuse_servers_that_are_not_there(self, runtime: Runtime) -> None:
         view = runtime.fleet.view()
         away = [name for name in view.names if view.phase(name) == OUT]
         if away:
             raise CommandError(
                 f"{', '.join(away)} cannot be reached. What the others have is served; when it "
                 "answers, the agents bring it up to date, and this command can."
+            )
+        waiting = [name for name in view.names if view.phase(name) in {LEAVING, GONE}]
+        if waiting:
+            raise CommandError(
+                f"{', '.join(waiting)} cannot be used before all hosts name it in "
+                "DEFERRED_SESSIONS['SERVERS'], with the same weights and COPIES, and it answers."
             )
 
 

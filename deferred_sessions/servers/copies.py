@@ -57,9 +57,14 @@ class Copies:
         """Delete at the further homes; return the keys that some of them may still have.
 
         While some server may lack a session that exists, or a node not know yet where it
-        belongs, all homes remember the deletion, though they have no row.
+        belongs, all homes remember the deletion, though they have no row; in disorder, when any
+        server may have one, all do.
         """
         missed: set[str] = set()
+        if not self._fleet.is_in_order():
+            for server in self._fleet.live():
+                missed |= self._try(server, keys, partial(_delete_and_remember, keys))
+            return missed
         for server, indexes in self._fleet.further_homes(keys).items():
             part = [keys[i] for i in indexes]
             missed |= self._try(server, part, partial(_delete, part))
@@ -132,6 +137,11 @@ def _delete(keys: Sequence[str], server: SessionServer) -> None:
 
 def _remove(keys: Sequence[str], server: SessionServer) -> None:
     remove(server, keys)
+
+
+def _delete_and_remember(keys: Sequence[str], server: SessionServer) -> None:
+    server.delete(keys)
+    _remember(keys, server)
 
 
 def _remember(keys: Sequence[str], server: SessionServer) -> None:

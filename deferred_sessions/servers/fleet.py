@@ -18,18 +18,12 @@ from deferred_sessions.exceptions import (
     ServerUnavailableError,
     SessionAwayError,
 )
+from deferred_sessions.servers.deciding import begun
 from deferred_sessions.servers.placement import Placement
 from deferred_sessions.servers.registry import Registry, announce
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.view import (
-    OUT,
-    Standing,
-    View,
-    completed,
-    decode,
-    founded,
-    merged,
-)
+from deferred_sessions.servers.standing import Standing, Standings, completed, merged
+from deferred_sessions.servers.view import View, decode
 
 T = TypeVar("T")
 
@@ -47,12 +41,14 @@ class Fleet:
         weights: Mapping[str, float],
         *,
         copies: int,
-        is_alone: bool,
+        emptied: Sequence[str] = (),
         make: Callable[[str], SessionServer],
         is_known: Callable[[str], bool],
         note: Callable[[], bytes | None],
     ) -> None:
         self.copies = copies
+        self.emptied = tuple(emptied)
+        """The servers that are to hold nothing any more."""
         self.weights = tuple(sorted(weights.items()))
         self._placement = Placement(weights)
         self._ranked = self._placement.remembered
@@ -62,8 +58,10 @@ class Fleet:
         self._servers = {alias: make(alias) for alias in weights}
         self._leaving: dict[str, SessionServer] = {}
         self.first = next(iter(self._servers.values()))
-        self.only = self.first if is_alone else None
+        self.only = self.first if len(weights) == 1 and not emptied else None
         """The server, if there is but one, and none that is to be emptied."""
+        self.wish = self.start({}).order
+        """The digest of SERVERS and COPIES: nodes of one mind have the same."""
         self._seen: tuple[bytes, View] | None = None
         self._asked: tuple[float, View] | None = None
 
@@ -177,6 +175,10 @@ class Fleet:
         view = self.view()
         return view.is_whole and not view.past
 
+    def is_in_order(self) -> bool:
+        """Tell whether sessions can only be where weights and copies have them."""
+        return self.only is not None or self.view().is_in_order
+
     def is_settled(self) -> bool:
         """Tell whether all that this node has in memory is known where it belongs now."""
         return self.only is not None or self.view().is_settled
@@ -191,20 +193,23 @@ class Fleet:
         return view.authority(ranked) == server.alias and not view.is_moving(ranked)
 
     def live(self) -> list[SessionServer]:
-        """Return the servers that are not out."""
+        """Return the servers that are used, and not out."""
         if self.only is not None:
             return [self.only]
-        view = self.view()
-        return [server for server in self.servers if view.phase(server.alias) != OUT]
+        return [self._servers[alias] for alias in self.view().live]
 
     def leaving(self) -> list[SessionServer]:
-        """Return the servers that SERVERS names no more, as far as DATABASES still does."""
+        """Return the servers that are only read from, as far as DATABASES still names them."""
         if self.only is not None:
             return []
+        found = []
         for alias in self.view().leaving:
-            if alias not in self._leaving and self._is_known(alias):
-                self._leaving[alias] = self._make(alias)
-        return [self._leaving[s] for s in self.view().leaving if s in self._leaving]
+            server = self._servers.get(alias) or self._leaving.get(alias)
+            if server is None and self._is_known(alias):
+                server = self._leaving[alias] = self._make(alias)
+            if server is not None:
+                found.append(server)
+        return found
 
     def read(self, note: bytes) -> View:
         """Return the view that a node has noted."""
@@ -212,7 +217,7 @@ class Fleet:
 
     def start(self, standings: Mapping[str, Standing]) -> View:
         """Return a view of a node that knows nothing but these standings."""
-        known = completed(standings, self._servers)
+        known = completed(standings, self._servers, self.emptied)
         return View(servers=self.weights, copies=self.copies, standings=known)
 
     # Connections
@@ -260,7 +265,7 @@ class Fleet:
         self._asked = time.monotonic(), view
         return view
 
-    def _founded(self) -> dict[str, Standing]:
+    def _founded(self) -> Standings:
         """Return how servers stand that nobody has written anything about; write it down.
 
         At once, because what this process is about to write makes an empty server look used.
@@ -272,7 +277,7 @@ class Fleet:
                     found[alias] = Registry(server).has_sessions()
         except DeferredSessionsError:
             return {}
-        standings = founded(found, time.time())
+        standings = begun(self.start({}), found, time.time())
         announce(self._servers.values(), *standings.values())
         return standings
 

@@ -25,11 +25,13 @@ WRITE_REGISTRY: Final[LiteralString] = """
        SET number = excluded.number, phase = excluded.phase, since = excluded.since
      WHERE known.number < excluded.number
         OR (known.number = excluded.number
-            AND array_position(ARRAY['gone', 'out', 'leaving', 'filling', 'in'], known.phase)
-                > array_position(ARRAY['gone', 'out', 'leaving', 'filling', 'in'], excluded.phase))
+            AND (coalesce(array_position(ARRAY['gone', 'out', 'leaving', 'filling', 'in'],
+                                         known.phase), 0), known.phase COLLATE "C")
+                > (coalesce(array_position(ARRAY['gone', 'out', 'leaving', 'filling', 'in'],
+                                           excluded.phase), 0), excluded.phase COLLATE "C"))
 """
 """Tell a server how others stand. What it knows of later stays; of two changes with one number
-that which trusts less counts."""
+that which trusts less counts: see `standing`."""
 
 HAS_SESSIONS: Final[LiteralString] = """
     SELECT EXISTS (SELECT 1 FROM deferred_sessions_session)

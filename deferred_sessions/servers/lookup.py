@@ -16,7 +16,7 @@ from deferred_sessions.servers.copies import copy
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.rows import Columns, Position
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.view import IN
+from deferred_sessions.servers.standing import IN
 
 AWAY: Final = "The session server that may have the latest of this session is away."
 
@@ -62,7 +62,7 @@ class Lookup:
                     latest = found
         if is_deleted and here is None:
             return
-        silent = {*view.names, *(server.alias for server in leaving)} - heard
+        silent = {*view.members, *(server.alias for server in leaving)} - heard
         self._check(key, None if latest is None else latest.written_at, silent)
         if latest is not None and latest is not here and not is_deleted:
             copy(authority, latest.columns, latest.owner, latest.written_at)
@@ -72,13 +72,17 @@ class Lookup:
 
         Only a server that would be a home if all were in may; not if another such server is
         trusted and was asked, nor if what was found was written after that had gone away: what is
-        older may be left over from an earlier outage.
+        older may be left over from an earlier outage. In disorder, any server may.
         """
-        view, full = self._fleet.view(), self._fleet.ranked(key)[: self._fleet.copies]
-        missing = [alias for alias in full if alias in silent]
+        view = self._fleet.view()
+        homes = [alias for alias in self._fleet.ranked(key) if alias in view.members]
+        if view.is_in_order:
+            homes = homes[: self._fleet.copies]
+        missing = [alias for alias in homes if alias in silent]
         if written_at is None and silent.intersection(view.leaving):
             raise SessionAwayError(AWAY)
-        if not missing or any(view.phase(a) == IN for a in full if a not in missing):
+        has_heard_one = any(view.phase(alias) == IN for alias in homes if alias not in missing)
+        if not missing or (has_heard_one and view.is_in_order):
             return
         since = [view.standings[alias].since for alias in missing if alias in view.standings]
         if written_at is None or written_at < min(since, default=0.0):

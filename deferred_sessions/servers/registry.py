@@ -13,7 +13,7 @@ from contextlib import suppress
 from deferred_sessions.exceptions import DeferredSessionsError
 from deferred_sessions.servers import fleet_sql
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.view import Standing
+from deferred_sessions.servers.standing import Standing
 
 
 def announce(servers: Iterable[SessionServer], *standings: Standing) -> bool:

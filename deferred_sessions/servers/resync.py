@@ -24,7 +24,8 @@ from deferred_sessions.servers.mender import Mender, Page, Tally
 from deferred_sessions.servers.registry import Registry
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.shelf import Shelf
-from deferred_sessions.servers.view import GONE, IN, OUT, Standing, View
+from deferred_sessions.servers.standing import GONE, IN, ORDER, Standing
+from deferred_sessions.servers.view import View
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,11 @@ class Resync:
         return found
 
     def begin(self) -> None:
-        """Have everything compared and put in order, though there is no sign of disorder."""
-        server = self._fleet.view().names[0]
-        self._server(server).change(sql.BEGIN, [UNTIDY, server])
+        """Have everything compared and put in order, unless that is to be done anyway."""
+        view = self._fleet.view()
+        if not self._untidy(view):
+            server = view.names[0]
+            self._server(server).change(sql.BEGIN, [UNTIDY, server])
 
     def check(self, now: float) -> Iterator[tuple[str, Tally]]:
         """Yield for each server, page by page, what `begin` would have to do; change nothing."""
@@ -130,7 +133,8 @@ class Resync:
 
     def leaving(self) -> list[str]:
         """Return the servers that SERVERS names no more, and DATABASES still does."""
-        return [server.alias for server in self._fleet.leaving()]
+        named = self._fleet.view().names
+        return [s.alias for s in self._fleet.leaving() if s.alias not in named]
 
     # Inside
 
@@ -142,7 +146,7 @@ class Resync:
 
     def _untidy(self, view: View) -> list[str]:
         """Return which servers, if all are in, came in since all was put in order."""
-        if len(view.names) == 1 or any(view.phase(server) != IN for server in view.names):
+        if self._fleet.only or any(view.phase(server) != IN for server in view.names):
             return []
         return [name for name in view.names if self._server(name).run(sql.PENDING, [name])]
 
@@ -150,6 +154,8 @@ class Resync:
         """Do the next pages for this server; None if another node does, or it is too early."""
         mine = self._server(server)
         number, me = view.standings[server].number, self._me()
+        if server in view.leaving:
+            Registry(mine).write([view.standings[server]])  # no heart tells it any more
         claimed = mine.run(sql.CLAIM, [me, server, number, me])
         if not claimed:
             self._release_if_dead(mine)
@@ -207,6 +213,7 @@ class Resync:
             self._tell(Standing(server, number + 1, GONE, now))
             message, extra = EMPTIED, {"action": "server_emptied"}
         else:
+            self._tell_of_order(view, now)
             mine.change(sql.LEAVE, ["", server, number, me])
             message, extra = TIDIED, {"action": "servers_in_order"}
         extra["server"] = server
@@ -220,13 +227,19 @@ class Resync:
                 with suppress(ServerUnavailableError):  # it hears of it from the others
                     Registry(server).write([standing])
 
+    def _tell_of_order(self, view: View, now: float) -> None:
+        """Tell all servers that each session is where it belongs, if that is news."""
+        if not view.is_in_order and not view.leaving:
+            order = view.standings[ORDER].changed(view.order, now)
+            for server in self._fleet.live():
+                Registry(server).write([order])
+
     def _mender(self, view: View) -> Mender:
         return Mender(self._shelves(view), view, self._fleet.ranked)
 
     def _shelves(self, view: View) -> dict[str, Shelf]:
         """Return the rows of all servers that answer."""
-        names = [name for name in view.names if view.phase(name) != OUT]
-        return {name: Shelf(self._server(name)) for name in (*names, *self.leaving())}
+        return {name: Shelf(self._server(name)) for name in (*view.live, *self.leaving())}
 
     def _server(self, name: str) -> SessionServer:
         servers = (*self._fleet.servers, *self._fleet.leaving())
@@ -249,7 +262,7 @@ FILLED: Final = (
     "%d removed that were deleted meanwhile."
 )
 TIDIED: Final = (
-    "The sessions are where they belong since %s came back: %d rows looked at, %d copied, %d "
-    "removed."
+    "All sessions are where they belong, as was noted on %s to be seen to: %d rows looked at, %d "
+    "copied, %d removed."
 )
 EMPTIED: Final = "Session server %s is empty and may go: %d rows looked at, %d copied, %d removed."

@@ -1,45 +1,32 @@
 """Which session servers are in, and what follows from that for each key.
 
 Made by `fleet` from a note of the node, changed by `succession`. Pure. Invariant: two nodes
-that know of the same standings choose the same homes for each key, and of two standings of one
-server all prefer the same one.
+that know of the same standings, and are of one digest, choose the same homes for each key,
+though one of them names servers that the other does not.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-IN: Final = "in"
-"""Trusted: what it says of a session that it is a home of counts."""
-FILLING: Final = "filling"
-"""Answers, but may have missed something: gets each write as a copy, and what it lacks."""
-LEAVING: Final = "leaving"
-"""Not named in SERVERS any more; only read from."""
-OUT: Final = "out"
-"""Does not answer; not used."""
-GONE: Final = "gone"
-"""Not named in SERVERS any more, and empty: nobody looks there."""
-TRUST: Final = (GONE, OUT, LEAVING, FILLING, IN)
-"""Of two standings with one number that counts which stands before the other here."""
-EPOCH: Final = 0.0  # since when a server that was added may have missed something
+from deferred_sessions.servers.standing import (
+    DISORDER,
+    EPOCH,
+    FILLING,
+    GONE,
+    IN,
+    LEAVING,
+    ORDER,
+    OUT,
+    Standing,
+    Standings,
+)
 
-
-class Standing(NamedTuple):
-    """How a server stands; each change has a number of its own. Times are Unix seconds."""
-
-    server: str
-    number: int
-    phase: str
-    since: float
-    """From when on it may have missed something; if it is in, since when it is."""
-
-
-Standings = Mapping[str, Standing]
 Rank = tuple[str, ...]
 """All of SERVERS in the order in which they are to hold a key."""
 
@@ -52,39 +39,6 @@ class Layout(NamedTuple):
     copies: int
     trusted: tuple[str, ...]
     """Those that are in."""
-
-
-def merged(*registers: Iterable[Standing]) -> dict[str, Standing]:
-    """Return the newest standing of each server that any of `registers` knows."""
-    newest: dict[str, Standing] = {}
-    for register in registers:
-        for standing in register:
-            known = newest.get(standing.server)
-            if known is None or _supersedes(standing, known):
-                newest[standing.server] = standing
-    return newest
-
-
-def founded(has_sessions: Mapping[str, bool], now: float) -> dict[str, Standing]:
-    """Return how servers stand that nothing is known of: all in, but for those that were added.
-
-    If some have sessions, those that have none were added and lack theirs.
-    """
-    is_used = any(has_sessions.values())
-    return {
-        server: Standing(server, 1, IN, now)
-        if has or not is_used
-        else Standing(server, 1, FILLING, EPOCH)
-        for server, has in has_sessions.items()
-    }
-
-
-def completed(standings: Standings, servers: Iterable[str]) -> dict[str, Standing]:
-    """Return `standings` with those of `servers` that they lack: these were added."""
-    if not standings:
-        return {}
-    missing = {s: Standing(s, 1, FILLING, EPOCH) for s in servers if s not in standings}
-    return {**standings, **missing}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +74,59 @@ class View:
         return frozenset(self._in_phase(FILLING)) - self.trusted
 
     @cached_property
+    def live(self) -> tuple[str, ...]:
+        """The servers that are used, and not out."""
+        return tuple(n for n in self.names if n in self.trusted or self.phase(n) in {IN, FILLING})
+
+    @cached_property
     def leaving(self) -> tuple[str, ...]:
-        """The servers that SERVERS names no more, and that may still have sessions."""
-        names = {s.server for s in self.standings.values() if s.phase != GONE}
-        return tuple(sorted(names - set(self.names)))
+        """The servers that are only read from: not all nodes name them in SERVERS."""
+        named = set(self.names)
+        return tuple(
+            sorted(
+                s.server
+                for s in self.standings.values()
+                if s.server != ORDER
+                and (s.phase == LEAVING or (s.phase != GONE and s.server not in named))
+            )
+        )
 
     @cached_property
     def is_whole(self) -> bool:
-        """Each server has all of its sessions."""
-        return self.trusted == set(self.names) and not self.leaving
+        """Each server has all of its sessions, and no other has any."""
+        return self.trusted == self.members and not self.leaving and self.is_in_order
+
+    @cached_property
+    def order(self) -> str:
+        """The digest of what all sessions are placed by, whichever servers are in."""
+        return _digest([sorted((n, w) for n, w in self.servers if n in self.members), self.copies])
+
+    @cached_property
+    def is_in_order(self) -> bool:
+        """All sessions were found where this order has them, since it is the order.
+
+        Else a session may also be where an earlier one had it: weights were others, or COPIES.
+        """
+        known = self.standings.get(ORDER)
+        return not self.standings or (known is not None and known.phase == self.order)
+
+    @property
+    def is_untidy(self) -> bool:
+        """Nothing but a walk through all servers is missing; whoever fills one has it follow."""
+        return not self.is_in_order and not self.leaving and set(self._in_phase(IN)) == self.members
+
+    def order_now(self, now: float) -> Standing:
+        """Return what registers are to say of the order."""
+        known = self.standings.get(ORDER)
+        if known is None:
+            return Standing(ORDER, 1, DISORDER, now)
+        return known if known.phase in {DISORDER, self.order} else known.changed(DISORDER, now)
+
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """The servers that share all sessions, if all of them answer."""
+        used = (name for name in self.names if self.phase(name) in {IN, FILLING, OUT})
+        return self.trusted.union(used)
 
     @cached_property
     def _authorities(self) -> dict[Rank, str]:
@@ -143,12 +141,7 @@ class View:
     @cached_property
     def digest(self) -> str:
         """What nodes compare that wait for each other."""
-        said = [
-            sorted(self.servers),
-            self.copies,
-            *(s[:3] for _, s in sorted(self.standings.items())),
-        ]
-        return blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+        return _digest([self.order, *(s[:3] for _, s in sorted(self.standings.items()))])
 
     @cached_property
     def epoch(self) -> int:
@@ -243,11 +236,13 @@ class View:
         return replace(self, settled=self.layout, settled_on=self.digest)
 
     def oldest_gap(self) -> float | None:
-        """Return from when on some server may have missed something; None if none has."""
-        return min(
-            (s.since for s in self.standings.values() if s.phase != IN and s.server in self.names),
-            default=None,
-        )
+        """Return from when on some of SERVERS may have missed something; None if none has."""
+        named = (self.standings[name] for name in self.names if name in self.standings)
+        return min((s.since for s in named if s.phase not in {IN, GONE}), default=None)
+
+    def left_since(self) -> float:
+        """Return from when on servers that are only read from may have missed something."""
+        return min((self.standings[name].since for name in self.leaving), default=EPOCH)
 
     def _in_phase(self, phase: str) -> tuple[str, ...]:
         return tuple(name for name in self.names if self.phase(name) == phase)
@@ -301,7 +296,5 @@ def _layout(kept: Sequence[Any]) -> Layout:
     return Layout(tuple((name, weight) for name, weight in servers), copies, tuple(trusted))
 
 
-def _supersedes(one: Standing, other: Standing) -> bool:
-    if one.number != other.number:
-        return one.number > other.number
-    return TRUST.index(one.phase) < TRUST.index(other.phase)
+def _digest(said: Sequence[Any]) -> str:
+    return blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()

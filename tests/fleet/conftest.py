@@ -118,10 +118,10 @@ class Fleet:
         if len(self.live()) < len(self.servers):
             return False
         return all(
-            phase == "in" and not position
+            not position and (phase == "in" if name else phase)
             for server in self.servers.values()
-            for phase, position in server.ask(
-                "SELECT phase, position FROM deferred_sessions_server"
+            for name, phase, position in server.ask(
+                "SELECT server, phase, position FROM deferred_sessions_server"
             )
         )
 

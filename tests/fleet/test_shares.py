@@ -95,6 +95,75 @@ def test_a_server_is_taken_away(fleet: Fleet) -> None:
     assert all(after[key] == before[key] for key in keys if before[key] != ["c"])
 
 
+def test_weights_are_changed(fleet: Fleet) -> None:
+    """Online, host by host, without a command: the agents bring each session to its place."""
+    fleet.settings["SERVERS"] = {"a": 1, "b": 1, "c": 1}
+    hosts = [fleet.host(name, STORE_SIZE=64 << 20, **LATER) for name in "nm"]
+    process = hosts[0].process()
+    hosts[1].process()
+    keys = process("create_in_memory", 2000)
+    before = fleet.where()
+    process("evict", keys)
+    for host in hosts:
+        host.kill()
+        host.settings["SERVERS"] = {"a": 1, "b": 1, "c": 4}
+        host.process()
+    visited = [host.visited(keys, visitors=2) for host in hosts]
+    found = [visited[0]("load", key)["n"] for key in keys[::10]]
+    fleet.wait_until_whole()
+    for each in visited:
+        each("leave")
+        assert each("flush") == ""
+
+    after = fleet.where()
+    shares = Counter(alias for aliases in after.values() for alias in aliases)
+    moved = sum(before[key] != after[key] for key in keys)
+    print(f"c with weight 4: {dict(shares)}, {moved} of {len(keys)} moved; {fleet.verdict()}")
+    assert found == [*range(0, len(keys), 10)]
+    assert {len(aliases) for aliases in after.values()} == {1}
+    assert after.keys() == set(keys)
+    assert abs(shares["c"] / len(keys) - 4 / 6) < 0.05
+    assert all(after[key] in (before[key], ["c"]) for key in keys)
+    verdict = fleet.verdict()
+    assert verdict.wrong(fleet.sessions(visited[0])) == []
+    assert not verdict.errors
+
+
+def test_a_server_is_named_again(fleet: Fleet) -> None:
+    """Before it was empty: it has old rows, and sessions that were deleted meanwhile."""
+    host = fleet.host("n", STORE_SIZE=64 << 20, **LATER)
+    process = host.process()
+    keys = process("create_in_memory", 600)
+    before = fleet.where()
+    process("evict", keys)
+    host.kill()
+    host.settings["SERVERS"] = ["a", "b"]
+    visited = host.visited(keys[:300], visitors=3, pause=0.002)
+    wait_until(lambda: visited("phases").get("c") == "leaving", what="the server to leave")
+    ended = [key for key in keys[300:400] if before[key] == ["c"]]
+    for key in ended:
+        visited("delete", key)
+    wait_until(lambda: fleet.verdict().updates > 300, what="visitors to come", seconds=60)
+    visited("leave")
+    assert visited("flush") == ""
+    visited("evict", keys)
+    host.kill()
+
+    host.settings["SERVERS"] = ["a", "b", "c"]
+    visited = host.visited(keys[:300], visitors=3)
+    fleet.wait_until_whole()
+    visited("leave")
+    assert visited("flush") == ""
+    verdict = fleet.verdict()
+    print(f"{len(ended)} deleted; {verdict}")
+    after = fleet.where()
+    assert {len(aliases) for aliases in after.values()} == {1}
+    assert after.keys() == set(keys) - set(ended)
+    assert all(after[key] == before[key] for key in after)
+    assert verdict.wrong(fleet.sessions(visited)) == []
+    assert not verdict.errors
+
+
 def test_a_single_server_is_left(fleet: Fleet) -> None:
     """The other one has weight 0 until it is empty; nobody is logged out, nothing is lost."""
     fleet.settings["SERVERS"] = ["a", "b"]

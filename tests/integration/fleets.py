@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import getclosurevars
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -17,10 +18,11 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.test import override_settings
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.conf import get_settings
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
 from deferred_sessions.servers.registry import announce
-from deferred_sessions.servers.view import FILLING
+from deferred_sessions.servers.standing import FILLING
 from tests.integration.conftest import change, created
 from tests.plugins.postgres import database_url
 
@@ -102,9 +104,10 @@ class Servers:
 
     def beat(self, times: int = 1, runtime: Runtime | None = None) -> None:
         """Do what an agent does to see how the servers stand."""
-        agent = (runtime or self.runtime).agent
+        runtime = runtime or self.runtime
+        agent = runtime.agent
         for _ in range(times):
-            for alias in ALIASES:
+            for alias in [server.alias for server in runtime.fleet.servers]:
                 agent._do(lambda now, alias=alias: agent.beat_once(now, alias), time.time(), "beat")
             agent.move_once(time.time())
 
@@ -133,6 +136,17 @@ class Servers:
     def authority(self, key: str | None) -> str:
         """Return which of them decides about a key."""
         return self.runtime.fleet.at(key or "").alias
+
+
+@contextmanager
+def as_node(servers: Servers, directory: Path, name: str, **settings: Any) -> Iterator[Runtime]:
+    """Be another node in the block."""
+    mine, home = get_settings(), servers.runtime.store.directory
+    try:
+        yield servers.tune(DIRECTORY=str(directory / name), NODE=name, **settings)
+    finally:
+        kept = {name: getattr(mine, name.lower()) for name in settings}
+        servers.tune(DIRECTORY=str(home), NODE=mine.node, **kept)
 
 
 @contextmanager
@@ -215,6 +229,14 @@ def stand(servers: Servers, alias: str, phase: str) -> None:
     servers.beat(2)
     assert servers.runtime.fleet.view().is_agreed
     assert servers.runtime.fleet.view().phase(alias) == phase
+
+
+def repair(servers: Servers, *, leaving: bool = False) -> None:
+    """Do what agents do until all is in order; with `leaving`, as `rebalancesessions` does."""
+    resync = servers.runtime.resync
+    servers.beat(3)
+    while resync.resync_once(time.time(), leaving=leaving) or resync.progress(leaving=leaving):
+        servers.beat(3)
 
 
 def copied(servers: Servers, alias: str = ALIASES[0]) -> SessionStore:

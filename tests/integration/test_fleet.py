@@ -20,7 +20,7 @@ from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.registry import Registry
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.view import FILLING, IN, Standing
+from deferred_sessions.servers.standing import FILLING, IN, Standing
 from deferred_sessions.session_list import ServerFilter
 from tests.integration.conftest import change, created, forget
 from tests.integration.fleets import (

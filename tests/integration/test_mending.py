@@ -17,7 +17,8 @@ from deferred_sessions.servers import repair_sql
 from deferred_sessions.servers import shelf as shelves
 from deferred_sessions.servers.mender import Mender, Tally
 from deferred_sessions.servers.shelf import Shelf
-from deferred_sessions.servers.view import FILLING, IN, Standing, View
+from deferred_sessions.servers.standing import FILLING, IN, Standing
+from deferred_sessions.servers.view import View
 from tests.integration.fleets import (
     ALIASES,
     Servers,

@@ -19,7 +19,7 @@ from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.leases import Leases
 from deferred_sessions.servers.rows import Answer
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.view import FILLING, IN
+from deferred_sessions.servers.standing import FILLING, IN
 from tests.integration.conftest import (
     change,
     created,
@@ -390,8 +390,9 @@ def test_nobody_waits_for_a_row_for_ever(
         tell(servers, A, IN)
         servers.beat(1)
         assert not servers.runtime.fleet.view().is_settled
-        clock = servers.runtime.succession._clock
-        monkeypatch.setattr(servers.runtime.succession, "_clock", lambda: clock() + 61.0)
+        moving = servers.runtime.succession._moving
+        later = moving._clock() + 61.0
+        monkeypatch.setattr(moving, "_clock", lambda: later)
         servers.beat(1)
         assert servers.runtime.fleet.view().is_settled
     assert "rows of sessions that moved" in caplog.text

@@ -12,13 +12,12 @@ from django.db import connections
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.exceptions import ServerUnavailableError, SessionAwayError
-from deferred_sessions.membership import VIEW
-from deferred_sessions.runtime import Runtime
+from deferred_sessions.membership import SETTLED_ON
 from deferred_sessions.servers.leases import Leases
 from deferred_sessions.servers.registry import Registry, announce
 from deferred_sessions.servers.rows import Answer
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.view import FILLING, IN, LEAVING
+from deferred_sessions.servers.standing import FILLING, IN, LEAVING, ORDER
 from tests.integration.conftest import change, created, forget, record, second_connection
 from tests.integration.fleets import (
     ALIASES,
@@ -26,6 +25,7 @@ from tests.integration.fleets import (
     _databases,  # noqa: F401 - a fixture
     _fleet,  # noqa: F401 - a fixture
     _is_impatient,  # noqa: F401 - a fixture
+    as_node,
     created_at,
     flush,
     loaded,
@@ -37,17 +37,6 @@ pytestmark = pytest.mark.django_db(transaction=True)
 A, B, C = ALIASES
 
 
-@contextmanager
-def as_node(servers: Servers, tmp_path: Any, name: str) -> Iterator[Runtime]:  # noqa: F811
-    """Be another node in the block."""
-    runtime, directory = servers.runtime, servers.runtime.store.directory
-    try:
-        yield servers.tune(DIRECTORY=str(tmp_path / name), NODE=name)
-    finally:
-        servers.tune(DIRECTORY=str(directory), NODE=None)
-        assert runtime is not servers.runtime
-
-
 # Who is in
 
 
@@ -55,8 +44,11 @@ def test_a_new_site_begins(servers: Servers) -> None:  # noqa: F811
     settled(servers)
     for alias in ALIASES:
         register = Registry(SessionServer(alias, owner=str)).read()
+        order = register.pop(ORDER)
+        assert order.phase == servers.runtime.fleet.view().order
         assert {s.phase for s in register.values()} == {IN}
         assert set(register) == set(ALIASES)
+    assert servers.runtime.fleet.is_whole()
 
 
 def test_servers_that_were_added_are_filled_first(servers: Servers) -> None:  # noqa: F811
@@ -65,7 +57,7 @@ def test_servers_that_were_added_are_filled_first(servers: Servers) -> None:  # 
     sessions = [created(n=n) for n in range(20)]
     servers.tune(SERVERS=list(ALIASES))
     forget(servers.runtime)
-    assert servers.phases() == "in filling filling"  # without an agent
+    assert servers.phases() == "in gone gone"  # without an agent
     assert [loaded(session) for session in sessions[:5]] == [{"n": n} for n in range(5)]
     servers.beat(3)
     assert servers.phases() == "in filling filling"
@@ -297,7 +289,7 @@ def test_heartbeats_tell_what_a_node_has_settled_on(servers: Servers) -> None:  
     servers.beat()
     beats = Leases(SessionServer(B, owner=lambda: "watcher#1")).beat({})
     (mine,) = [beat for beat in beats if beat.node == servers.runtime.fleet.owner()]
-    assert mine.traits[VIEW] == servers.runtime.fleet.view().digest
+    assert mine.traits[SETTLED_ON] == servers.runtime.fleet.view().digest
 
 
 # The agent itself

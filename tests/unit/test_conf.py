@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
 
 from deferred_sessions.checks import check_settings
-from deferred_sessions.conf import ROUTER, get_settings, problems, site, store_identity
+from deferred_sessions.conf import ROUTER, get_settings, problems, site
+from deferred_sessions.identity import store_identity
 from deferred_sessions.runtime import get_runtime
 
 
@@ -218,8 +220,6 @@ def test_the_host_that_checks_ask_for(settings: Any, allowed: list[str], host: s
 
 
 def test_e006_not_postgresql(monkeypatch: pytest.MonkeyPatch) -> None:
-    from django.db import connections
-
     monkeypatch.setattr(type(connections["default"]), "vendor", "sqlite")
 
     assert ids() == ["deferred_sessions.E006"]
@@ -259,6 +259,22 @@ def test_the_identity_survives_key_rotation_and_moves(settings: Any) -> None:
     settings.ROOT_URLCONF = "another.urls"  # as tests do; the project is the same
     assert store_identity() == before
     assert before.startswith("testproject.urls@")
+
+
+def test_the_identity_survives_other_session_servers(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the default database may be a file, whose path changes with each release."""
+    before = store_identity()
+    monkeypatch.setitem(connections.settings, "other", {**connections.settings["default"]})
+    monkeypatch.setitem(connections["other"].settings_dict, "NAME", "sessions")
+    try:
+        settings.DEFERRED_SESSIONS = {"SERVERS": ["other"]}
+        assert store_identity() == before
+        monkeypatch.setattr(type(connections["default"]), "vendor", "sqlite")
+        assert store_identity().endswith("/sessions")
+    finally:
+        del connections["other"]
 
 
 def test_nothing_is_opened_by_a_check(settings: Any, directory: Path) -> None:

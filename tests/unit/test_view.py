@@ -7,20 +7,20 @@ from itertools import permutations
 import pytest
 
 from deferred_sessions.servers.placement import Placement
-from deferred_sessions.servers.view import (
+from deferred_sessions.servers.standing import (
     EPOCH,
     FILLING,
+    GONE,
     IN,
     LEAVING,
+    ORDER,
     OUT,
     Standing,
-    View,
     completed,
-    decode,
-    encode,
     founded,
     merged,
 )
+from deferred_sessions.servers.view import View, decode, encode
 
 NOW = 1_800_000_000.0
 NAMES = ("a", "b", "c")
@@ -30,7 +30,9 @@ WEIGHTS = tuple((name, 1.0) for name in NAMES)
 def view(a: str = IN, b: str = IN, c: str = IN, copies: int = 1, **others: str) -> View:
     phases = {"a": a, "b": b, "c": c, **others}
     standings = {name: Standing(name, 2, phase, NOW) for name, phase in phases.items()}
-    return View(servers=WEIGHTS, copies=copies, standings=standings)
+    found = View(servers=WEIGHTS, copies=copies, standings=standings)
+    order = Standing(ORDER, 2, found.order, NOW)
+    return View(servers=WEIGHTS, copies=copies, standings={**standings, ORDER: order})
 
 
 @pytest.mark.parametrize(
@@ -96,13 +98,16 @@ def test_a_new_site() -> None:
     assert {s.phase for s in founded(dict.fromkeys(NAMES, False), NOW).values()} == {IN}
     assert {s.phase for s in founded(dict.fromkeys(NAMES, True), NOW).values()} == {IN}
     found = founded({"a": True, "b": False, "c": False}, NOW)
-    assert [found[name][2:] for name in NAMES] == [(IN, NOW), (FILLING, EPOCH), (FILLING, EPOCH)]
+    assert [found[name][2:] for name in NAMES] == [(IN, NOW), (GONE, EPOCH), (GONE, EPOCH)]
 
 
 def test_an_added_server_is_filled() -> None:
     assert completed({}, NAMES) == {}
     known = {name: Standing(name, 5, IN, NOW) for name in "ab"}
-    assert completed(known, NAMES) == {**known, "c": Standing("c", 1, FILLING, EPOCH)}
+    assert completed(known, NAMES) == {**known, "c": Standing("c", 1, GONE, EPOCH)}
+    left = Standing("d", 1, LEAVING, EPOCH)
+    assert completed(known, "ab", "d") == {**known, "d": left}
+    assert completed(known, "a", "b") == known
 
 
 def test_a_server_that_leaves_is_no_home() -> None:
