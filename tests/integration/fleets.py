@@ -109,7 +109,8 @@ class Servers:
         for _ in range(times):
             for alias in [server.alias for server in runtime.fleet.servers]:
                 agent._do(lambda now, alias=alias: agent.beat_once(now, alias), time.time(), "beat")
-            agent.move_once(time.time())
+            if runtime.fleet.only is None:
+                agent.move_once(time.time())
 
     def phases(self) -> str:
         """Return how the node sees them."""

@@ -129,6 +129,14 @@ def test_it_has_no_say_about_others() -> None:
     assert router.allow_migrate("other", "deferred_sessions") is False
 
 
+def test_the_model_is_where_sessions_are_to_be(settings: Any) -> None:
+    """Not on a server that is to be emptied, though that needs our tables, too."""
+    settings.DEFERRED_SESSIONS = {"SERVERS": {"old": 0, "new": 1}}
+    router = SessionRouter()
+    assert (router.db_for_read(Session), router.db_for_write(Session)) == ("new", "new")
+    assert router.allow_migrate("old", "deferred_sessions") is True
+
+
 def test_checks_tell_what_is_wrong_with_the_settings(settings: Any) -> None:
     """Django asks the router while it checks; the router must not fail before they have."""
     settings.DEFERRED_SESSIONS = {"NOPE": 1}

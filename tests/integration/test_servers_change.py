@@ -12,6 +12,7 @@ from django.core.management import CommandError, call_command
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.exceptions import SessionAwayError
+from deferred_sessions.servers import fleet_sql
 from deferred_sessions.servers.registry import Registry
 from deferred_sessions.servers.rows import Answer
 from deferred_sessions.servers.server import SessionServer
@@ -304,6 +305,47 @@ def test_a_single_server_is_replaced(servers: Servers) -> None:  # noqa: F811
     assert servers.counts() == [2, 0, 0]
     servers.tune(SERVERS=[A])
     assert [loaded(session), loaded(idle)] == [{"n": 1}, {"n": 2}]
+
+
+def test_a_process_without_an_agent_reads_what_is_to_be_emptied(servers: Servers) -> None:  # noqa: F811
+    servers.tune(SERVERS=[B])
+    session = created(n=1)
+    forget(servers.runtime)
+    servers.tune(SERVERS={A: 1, B: 0})
+    assert servers.runtime.fleet.view().leaving == (B,)
+    assert loaded(session) == {"n": 1}
+
+
+def test_nothing_is_in_order_while_a_server_leaves(servers: Servers) -> None:  # noqa: F811
+    """What it has belongs elsewhere; a walk through the others does not change that."""
+    settled(servers)
+    servers.tune(SERVERS=[A, B])
+    servers.beat(2)
+    servers.runtime.resync.begin()
+    repair(servers)
+    view = servers.runtime.fleet.view()
+    assert (view.is_in_order, view.leaving) == (False, (C,))
+    repair(servers, leaving=True)
+    assert servers.runtime.fleet.view().is_whole
+
+
+def test_deletions_are_kept_for_a_server_that_left(servers: Servers) -> None:  # noqa: F811
+    """It may be named again; after a month nobody waits for that."""
+    settled(servers)
+    session = created_at(servers, A, n=1)
+    servers.tune(SERVERS=[A, B])
+    servers.beat(2)
+    SessionStore(session.session_key).delete()
+    server = servers.runtime.fleet.at(session.session_key or "")
+    day = 86_400.0
+
+    def kept(later: float) -> bool:
+        servers.runtime.revocations.prune(time.time() + later)
+        return bool(server.run(fleet_sql.DELETED, [session.session_key])[0][0])
+
+    assert kept(3 * day)
+    assert kept(25 * day)
+    assert not kept(40 * day)
 
 
 def test_all_servers_are_replaced(servers: Servers) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def test_how_things_stand(counters: Counters) -> None:
     after = look(counters)
     assert after.at > before.at
     assert after.ran > before.ran
+    assert 0.5 < after.ran / time.thread_time() < 2.0
     assert (before.served, after.served) == (0, 3)
 
 
