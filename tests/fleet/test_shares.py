@@ -164,6 +164,30 @@ def test_a_server_is_named_again(fleet: Fleet) -> None:
     assert not verdict.errors
 
 
+def test_a_deploy_that_is_rolled_back(fleet: Fleet) -> None:
+    """For a while two hosts differ in a server; visitors of both use the same sessions."""
+    first, second = fleet.host("n"), fleet.host("m")
+    stays = second.process()
+    keys = stays("create_many", 60)
+    stays("visit", ["m-0", "m-1"], keys, str(second.diary))
+    for names, phase in ((["a", "b"], "leaving"), (["a", "b", "c"], "in")):
+        first.settings["SERVERS"] = names
+        visited = first.visited(keys, visitors=2)
+        wait_until(lambda phase=phase: stays("phases")["c"] == phase, what=f"c to be {phase}")
+        least = fleet.verdict().updates + 200
+        wait_until(lambda least=least: fleet.verdict().updates > least, what="visitors to come")
+        visited("leave")
+        assert visited("flush") == ""
+        first.kill()
+    stays("leave")
+    fleet.wait_until_whole()
+    assert stays("flush") == ""
+    verdict = fleet.verdict()
+    print(verdict)
+    assert verdict.wrong(fleet.sessions(stays)) == []
+    assert not verdict.errors
+
+
 def test_a_single_server_is_left(fleet: Fleet) -> None:
     """The other one has weight 0 until it is empty; nobody is logged out, nothing is lost."""
     fleet.settings["SERVERS"] = ["a", "b"]
