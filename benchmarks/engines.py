@@ -13,6 +13,7 @@ OURS: Final = "deferred_sessions"
 CONTROL: Final = "LocMemCache"
 NOTHING: Final = "stores nothing"
 UNSHARED: Final = "a dictionary, not shared"
+BARE: Final = "bare LMDB, no bookkeeping"
 
 
 class Candidate(NamedTuple):
@@ -31,6 +32,7 @@ class Candidate(NamedTuple):
 ENGINES: Final[dict[str, Candidate]] = {
     NOTHING: Candidate("benchmarks.nothing", 2_000),
     UNSHARED: Candidate("benchmarks.unshared", 2_000),
+    BARE: Candidate("benchmarks.bare", 2_000),
     CONTROL: Candidate("django.contrib.sessions.backends.cache", 2_000, cache="default"),
     OURS: Candidate("deferred_sessions.backend", 2_000),
     "signed_cookies": Candidate("django.contrib.sessions.backends.signed_cookies", 400),

@@ -89,6 +89,7 @@ def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
     (cycle, tick, share), (few_cycle, few_tick, _) = figures[many], figures[FEW]
     yield Goal(f"load + change + save, {many:,} sessions to {FEW:,}", cycle / few_cycle, 1.6)
     yield Goal(f"the same, to {FEW:,} that this process had not decoded", cycle / undecoded, 1.6)
+    yield Goal(f"{FEW:,} not decoded, to {FEW:,} decoded: a limit", undecoded / few_cycle, 1.6)
     yield Goal(f"host store, to the bytes of the payloads, {SIZE} bytes each", share, 2.0)
     yield Goal("the same of bare LMDB, without any bookkeeping: a limit", limits[many][1], 2.0)
     yield from larger(scale)
