@@ -201,32 +201,53 @@ class Agent:
             target=self._serve_slowly, name="deferred_sessions_agent_slow", daemon=True
         )
         slow.start()
-        fleet = self._servers.fleet
+        fleet, hearts = self._servers.fleet, set[str]()
+        self._start_hearts(hearts)
         for work in (
-            *(partial(self._beat_on, server.alias) for server in fleet.servers),
             *(() if fleet.only else (self._move_on, self._resync_on)),
             self._wait_for_beat,
         ):
             threading.Thread(target=work, name="deferred_sessions_agent_beat", daemon=True).start()
         fleet.leave_pools()
-        promptly = (self.release_once, self.read_revocations_once)
         pause = min(ROUND, self._flusher.journal.interval or ROUND)
-        with Listeners(self._servers.listen(), self._live) as listener:
-            next_round, every = 0.0, ROUND
+        with Listeners(self._servers.listen, self._live) as listener:
+            next_round = 0.0
             try:
                 while not self._stop.is_set():
                     now = time.time()
-                    if not next_round - every <= now < next_round:
-                        next_round = now + every
-                        self._pulse.granted()  # a word may have been lost
-                        self._round(now, promptly)
+                    if not next_round - ROUND <= now < next_round:
+                        next_round = now + ROUND
+                        self._do(partial(self._go_round, hearts), now, name="round")
                     else:
                         self._do(self._flusher.journal.sync_once, now)
-                    wait = min(pause, every, SOON if self._is_asked else ROUND)
-                    self._hear(listener.wait(wait, self._stop), time.time())
+                    self._do(partial(self._listen, listener, pause), now, name="listen")
             finally:
                 connections.close_all()
                 slow.join()
+
+    def _go_round(self, hearts: set[str], now: float) -> None:
+        """Do what is to be done each second."""
+        self._pulse.granted()  # a word may have been lost
+        self._start_hearts(hearts)
+        self._round(now, (self.release_once, self.read_revocations_once))
+
+    def _listen(self, listener: Listeners, pause: float, now: float) -> None:  # noqa: ARG002
+        """Wait for a word, and do what it asks for."""
+        try:
+            words = listener.wait(SOON if self._is_asked else pause, self._stop)
+        except Exception:
+            self._stop.wait(pause)
+            raise
+        self._hear(words, time.time())
+
+    def _start_hearts(self, hearts: set[str]) -> None:
+        """Have a heart beat for each server; later ones are in use, and not in SERVERS."""
+        for server in self._servers.fleet.servers:
+            if server.alias not in hearts:
+                hearts.add(server.alias)
+                work = partial(self._beat_on, server.alias)
+                name = "deferred_sessions_agent_beat"
+                threading.Thread(target=work, name=name, daemon=True).start()
 
     def _serve_slowly(self) -> None:
         """Do what may take long, in a thread of its own."""

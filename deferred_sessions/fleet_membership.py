@@ -6,7 +6,7 @@ that does not answer keeps this node's heart from beating on none of the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from deferred_sessions.exceptions import RowRefusedError, ServerUnavailableError
@@ -31,11 +31,15 @@ class FleetMembership:
         self._servers = servers
         self._pulse = pulse
         self._clock = clock
-        self.parts = {server.alias: make(server) for server in servers.servers}
+        self._make = make
+        self._parts: dict[str, Membership] = {}
 
     def at(self, alias: str) -> Membership:
         """Return the membership on one server."""
-        return self.parts[alias]
+        part = self._parts.get(alias)
+        if part is None:
+            part = self._parts.setdefault(alias, self._make(self._servers.named(alias)))
+        return part
 
     def beat_once(self, now: float) -> list[str]:
         """Beat on all servers; return the nodes that this found dead.
@@ -44,22 +48,33 @@ class FleetMembership:
             ServerUnavailableError: The single server was not told.
         """
         if self._servers.only is not None:
-            return self.parts[self._servers.only.alias].beat_once(now)
+            return self.at(self._servers.only.alias).beat_once(now)
         dead: set[str] = set()
         for server in self._servers.servers:
             with suppress(ServerUnavailableError, RowRefusedError):
-                dead.update(self.parts[server.alias].beat_once(now))
+                dead.update(self.at(server.alias).beat_once(now))
         return sorted(dead)
+
+    def join(self, aliases: Collection[str], now: float) -> None:
+        """Be known on these servers before sessions are taken from them.
+
+        Raises:
+            ServerUnavailableError: One of them was not told.
+        """
+        if self._servers.only is None:
+            for server in self._servers.servers:
+                if server.alias in aliases and not self.at(server.alias).has_joined:
+                    self.at(server.alias).beat_once(now)
 
     def check_in(self, now: float) -> None:
         """Beat in the place of an agent that has not for long: see `Membership.check_in`."""
         if self._servers.only is not None:
-            self.parts[self._servers.only.alias].check_in(now)
+            self.at(self._servers.only.alias).check_in(now)
             return
         if self._pulse.is_late(self._clock()):
             for server in self._servers.live():
                 with suppress(ServerUnavailableError, RowRefusedError):
-                    self.parts[server.alias].say_so(now)
+                    self.at(server.alias).say_so(now)
 
     def others(self) -> list[Beat] | None:
         """Return the nodes that were alive at this process's last beat on each live server.
@@ -68,7 +83,7 @@ class FleetMembership:
         """
         found: list[Beat] = []
         for server in self._servers.live():
-            others = self.parts[server.alias].others
+            others = self.at(server.alias).others
             if others is None:
                 return None
             found += others

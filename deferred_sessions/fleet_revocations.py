@@ -23,7 +23,8 @@ class FleetRevocations:
 
     def __init__(self, servers: Fleet, make: Callable[[SessionServer], Revocations]) -> None:
         self._servers = servers
-        self._parts = {server.alias: make(server) for server in servers.servers}
+        self._make = make
+        self._parts: dict[str, Revocations] = {}
 
     def read_once(self, now: float) -> int:
         """Act on what is new; return how many sessions of this node that concerned.
@@ -35,7 +36,7 @@ class FleetRevocations:
         failure: DeferredSessionsError | None = None
         for server in self._servers.live():
             try:
-                concerned += self._parts[server.alias].read_once(now)
+                concerned += self._of(server).read_once(now)
             except DeferredSessionsError as error:
                 failure = error
         if failure is not None:
@@ -46,13 +47,22 @@ class FleetRevocations:
         """Remove from PostgreSQL what every node, and every server, has had time to read.
 
         A server that is not in has yet to hear of what was deleted since it was left out; so
-        has, for a month, one that has left SERVERS, because it may be named again.
+        has, for a month, one that was not named any more, because it may be named again, and
+        whichever had sessions that belong to another one now.
         """
-        since = now
+        owed = [now]
         if self._servers.only is None:
             view = self._servers.view()
-            left = max(view.left_since(), now - LEFT) if view.leaving else now
-            since = min(now, left, now if (gap := view.oldest_gap()) is None else gap)
-        before = since - lifecycle.REMEMBERED
+            if (gap := view.oldest_gap()) is not None:
+                owed.append(gap)
+            if (since := view.disorder_since()) is not None:
+                owed.append(max(since, now - LEFT))
+        before = min(owed) - lifecycle.REMEMBERED
         for server in self._servers.live():
             server.prune_revocations(before)
+
+    def _of(self, server: SessionServer) -> Revocations:
+        part = self._parts.get(server.alias)
+        if part is None:
+            part = self._parts.setdefault(server.alias, self._make(server))
+        return part

@@ -79,6 +79,11 @@ class Membership:
         self._compare(others, moment)
         return self._bury(others, moment)
 
+    @property
+    def has_joined(self) -> bool:
+        """This process has told the server of this node."""
+        return self._last is not None
+
     def check_in(self, now: float) -> None:
         """Beat in the place of an agent that has not for long, before memory is trusted.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from datetime import datetime
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -21,6 +22,7 @@ from django.db import models
 from django.db.models.functions import Now
 from django.utils.translation import gettext_lazy as _
 
+from deferred_sessions.exceptions import ServerUnavailableError
 from deferred_sessions.handles import beginning_of, handle_of, shortened
 from deferred_sessions.runtime import get_runtime
 from deferred_sessions.user_sessions import end_sessions, user_id_of, write_sessions_of
@@ -87,19 +89,17 @@ class SessionManager(BaseSessionManager.from_queryset(SessionQuerySet)):  # type
         Raises:
             ServerUnavailableError: A server is away that is not known to be out.
         """
-        fleet = get_runtime().fleet
-        return [
-            session
-            for server in fleet.live()
-            for session in self.using(server.alias).for_user(user)
-            if fleet.at(session.pk) is server
-        ]
+        found: dict[str, Session] = {}
+        for alias in self._places():
+            for session in self.using(alias).for_user(user):
+                known = found.get(session.pk)
+                if known is None or known.position < session.position:
+                    found[session.pk] = session
+        return list(found.values())
 
     def on_any_server(self, handle: str) -> Session | None:
         """Return the session that `handle` stands for, on whichever server it is."""
-        found = (
-            self.using(server.alias).by_handle(handle) for server in get_runtime().fleet.live()
-        )
+        found = (self.using(alias).by_handle(handle) for alias in self._places())
         return next(filter(None, found), None)
 
     def revoke_all(self, user: Any, keep: str | None = None) -> int:
@@ -110,14 +110,27 @@ class SessionManager(BaseSessionManager.from_queryset(SessionQuerySet)):  # type
             Session.objects.revoke_all(request.user, keep=request.session.session_key)
 
         Raises:
-            ServerUnavailableError: PostgreSQL is away, so nobody knows which they are.
+            ServerUnavailableError: PostgreSQL is away, so nobody knows which they are; or one of
+                several servers is out that may have more. Then those of the others have ended.
         """
         keys = {
             key
-            for server in get_runtime().fleet.live()
-            for key in self.using(server.alias).for_user(user).values_list("pk", flat=True)
+            for alias in self._places()
+            for key in self.using(alias).for_user(user).values_list("pk", flat=True)
         }
-        return end_sessions(sorted(keys - {keep}), time.time())
+        ended = end_sessions(sorted(keys - {keep}), time.time())
+        if not get_runtime().fleet.has_all():
+            raise ServerUnavailableError(
+                f"{ended} sessions were ended, but a session server is out, and may have others: "
+                "repeat that when it is back."
+            )
+        return ended
+
+    @staticmethod
+    def _places() -> list[str]:
+        """Return the servers that may have sessions, and can be asked."""
+        fleet = get_runtime().fleet
+        return [server.alias for server in (*fleet.live(), *fleet.leaving())]
 
 
 class Session(AbstractBaseSession):
@@ -173,6 +186,11 @@ class Session(AbstractBaseSession):
     def handle(self) -> str:
         """What may stand for the session in pages and addresses; see `by_handle`."""
         return handle_of(self.session_key)
+
+    @property
+    def position(self) -> tuple[int, int, datetime]:
+        """What is higher the later a copy of the session is."""
+        return self.fence, self.version, self.expire_date
 
     @classmethod
     def get_session_store_class(cls) -> type[SessionStore]:

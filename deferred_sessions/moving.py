@@ -75,11 +75,7 @@ class Moving:
         Whatever a new home lacks, though nobody deleted it, is written anew, however old.
         """
         self._store.count_removal()  # settings may have changed, which no note of a view tells
-        moved = [
-            record.key
-            for record in self._store.scan()
-            if view.has_moved(self._servers.ranked(record.key))
-        ]
+        moved = [record.key for record in self._store.scan() if view.has_moved(record.key)]
         for server, keys in self._servers.by_authority(moved, str):
             for start in range(0, len(keys), PART):
                 self._mark(server, keys[start : start + PART], view, now)
@@ -111,7 +107,7 @@ class Moving:
         another one now. What is left over on the new one, from before it decided, may have a
         later fence than the session, and is outbid; what a node has told it since counts.
         """
-        if not view.has_changed_hands(self._servers.ranked(key)):
+        if not view.has_changed_hands(key):
             return None
         return 0 if row is None or row.written_at >= view.changed_at() else row.fence
 

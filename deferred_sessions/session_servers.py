@@ -45,8 +45,8 @@ class SessionServers:
     leases: FleetLeases
     membership: FleetMembership
     revocations: FleetRevocations
-    listen: Callable[[], dict[str, Listener]]
-    """Makes a listener for each server, not connected yet."""
+    listen: Callable[[str], Listener]
+    """Makes a listener for a server, not connected yet."""
 
 
 def build_session_servers(
@@ -102,16 +102,9 @@ def build_session_servers(
             policy=settings.policy,
         )
 
-    def listen() -> dict[str, Listener]:
-        past_poolers = {fleet.only.alias: settings.listen} if fleet.only else {}
-        return {
-            server.alias: Listener(
-                past_poolers.get(server.alias) or server.alias,
-                node=owner,
-                retry_after=LISTEN_AGAIN,
-            )
-            for server in fleet.servers
-        }
+    def listen(alias: str) -> Listener:
+        past_pooler = settings.listen if fleet.only is not None else None
+        return Listener(past_pooler or alias, node=owner, retry_after=LISTEN_AGAIN)
 
     return SessionServers(
         fleet=fleet,
@@ -127,7 +120,7 @@ def _view(store: HostStore, pulse: Pulse) -> bytes | None:
     """Return what the node's agent noted of the servers; None if it is dead, or none ever was."""
     if not store.exists() or pulse.is_late(moment()):
         return None
-    return store.note(VIEW)
+    return store.note(VIEW) or None
 
 
 def _default_name(directory: Path) -> str:
@@ -144,4 +137,4 @@ def _owner(name: str, store: HostStore) -> str:
 def _said(fleet: Fleet) -> dict[str, str]:
     """Return what each heartbeat tells the other nodes."""
     settled_on = fleet.view().settled_on
-    return {SERVERS: fleet.wish} | ({SETTLED_ON: settled_on} if settled_on else {})
+    return {SERVERS: fleet.wish.encoded()} | ({SETTLED_ON: settled_on} if settled_on else {})

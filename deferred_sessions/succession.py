@@ -29,12 +29,11 @@ from deferred_sessions.servers.resync import Resync
 from deferred_sessions.servers.rows import Beat
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.standing import (
-    DISORDER,
     GONE,
     IN,
-    LEAVING,
     ORDER,
     OUT,
+    Order,
     Standings,
     merged,
 )
@@ -71,8 +70,9 @@ class Succession:
         self._pulse = pulse
         self._clock = clock
         self._lock = threading.Lock()  # around what the hearts tell
-        self._seen = {server.alias: Seen() for server in servers.servers}
+        self._seen: dict[str, Seen] = {}
         self._settled_at = 0.0
+        self._tidied_for = ""
         self._differs_since: float | None = None
         self._has_left_others = False
 
@@ -95,23 +95,33 @@ class Succession:
         except DeferredSessionsError:
             was_quick = self._clock() - began < AT_ONCE
             with self._lock:
-                seen = self._seen[alias]
+                seen = self._seen.get(alias, Seen())
                 is_refused = was_quick and membership.server.breaker.is_broken
                 self._seen[alias] = seen.missed(is_refused=is_refused)
             raise
         return dead
 
     def _leave_others(self, server: SessionServer, now: float) -> None:
-        """Have the register of a single server say that others are not used any more."""
-        if self._has_left_others:
+        """Have the register of a single server say that it is alone, if it knows of others.
+
+        Once, and as long as other nodes live, which may say something else.
+        """
+        if self._has_left_others and not self._membership.others():
             return
-        registry = Registry(server)
+        registry, wish = Registry(server), self._servers.wish
         known = registry.read()
-        others = [s for name, s in known.items() if name not in {server.alias, ORDER}]
-        registry.write([left(standing, now) for standing in others])
-        self._has_left_others = True
-        full = sorted(standing.server for standing in others if standing.phase != GONE)
-        if full:
+        self._has_left_others, is_news = True, not self._has_left_others
+        if ORDER not in known:
+            return
+        if is_news:
+            self._store.set_note(VIEW, b"")  # what stands in it was for several
+        rest = [s for name, s in known.items() if name not in {server.alias, ORDER}]
+        order = Order.decoded(known[ORDER].phase)
+        if not wish.places_as(order):
+            changed = known[ORDER].changed(wish.after(order).encoded(), now)
+            registry.write([changed, *(left(standing, now) for standing in rest)])
+        full = sorted(standing.server for standing in rest if standing.phase != GONE)
+        if full and is_news:
             logger.error(
                 "DEFERRED_SESSIONS['SERVERS'] names %s alone. What is on %s is not looked for: "
                 "name these with weight 0 until `manage.py rebalancesessions` has emptied them.",
@@ -128,7 +138,7 @@ class Succession:
         register = registry.read()
         has_sessions = is_used and not register
         with self._lock:
-            seen = self._seen[server.alias]
+            seen = self._seen.get(server.alias, Seen())
             self._seen[server.alias] = seen.heard(register.values(), has_sessions=has_sessions)
         if view is not None:
             known = merged(register.values(), view.standings.values())
@@ -144,7 +154,9 @@ class Succession:
         """
         self.decide_once(now)
         self._watch_unity()
-        return self.settle_once(now) and self.agree_once(now)
+        has_moved = self.settle_once(now) and self.agree_once(now)
+        self.tidy_once(now)
+        return has_moved
 
     @property
     def is_moving(self) -> bool:
@@ -170,6 +182,7 @@ class Succession:
         if not standings or (view is not None and standings == view.standings):
             return False
         after = self._begun(standings, now) if view is None else view.with_standings(standings)
+        self._membership.join(after.live, now)
         # A load under way must not keep what it was given by the view before.
         self._store.set_note(VIEW, encode(after), voids_loads=True)
         self._tell(start.standings, after)
@@ -201,15 +214,28 @@ class Succession:
         others = self._membership.others()
         if others is None:
             return False
-        behind = {beat.node for beat in others if beat.traits.get(SETTLED_ON) != view.digest}
+        behind = self._behind(view, others)
         if behind and self._clock() - self._settled_at < PATIENCE:
             return False
         if behind:
             self._complain(behind)
-        elif view.is_untidy:
-            Resync(self._servers).begin()
         self._store.set_note(VIEW, encode(view.agreed()))
         self._pulse.granted()  # whoever waits may ask for leases now
+        return True
+
+    def tidy_once(self, now: float) -> bool:  # noqa: ARG002 - a duty like the others
+        """Have somebody put all in order, if nothing else is missing; return whether.
+
+        Raises:
+            ServerUnavailableError: Not yet.
+        """
+        view, others = self._noted(), self._membership.others()
+        if view is None or not (view.is_agreed and view.is_untidy) or others is None:
+            return False
+        if self._tidied_for == view.digest or self._behind(view, others):
+            return False
+        Resync(self._servers).begin()
+        self._tidied_for = view.digest
         return True
 
     # Inside
@@ -217,7 +243,7 @@ class Succession:
     def _noted(self) -> View | None:
         """Return what this node knows; None if it is new."""
         note = self._store.note(VIEW)
-        return None if note is None else self._servers.read(note)
+        return self._servers.read(note) if note else None
 
     def _is_unanimous(self) -> bool:
         """Tell whether all living nodes name the same servers, with the same weights."""
@@ -226,26 +252,33 @@ class Succession:
 
     def _differing(self, others: list[Beat]) -> list[str]:
         """Return the nodes that name other servers, or weights, or COPIES."""
-        wish = self._servers.wish
+        wish = self._servers.wish.encoded()
         return sorted({b.node.partition("#")[0] for b in others if b.traits.get(SERVERS) != wish})
 
+    @staticmethod
+    def _behind(view: View, others: list[Beat]) -> set[str]:
+        """Return the nodes that have not moved to this view."""
+        return {beat.node for beat in others if beat.traits.get(SETTLED_ON) != view.digest}
+
     def _watch_unity(self) -> None:
-        """Say so, each minute, if a server cannot be used because not all hosts name it."""
-        view = self._noted()
-        waiting = [n for n in view.names if view.phase(n) in {LEAVING, GONE}] if view else []
-        others = self._membership.others() if waiting else None
-        differing = self._differing(others or [])
-        if not differing:
+        """Say so, each minute, if what SERVERS and COPIES ask for cannot be done yet."""
+        view, wish = self._noted(), self._servers.wish
+        if view is None or wish.places_as(view.order):
             self._differs_since = None
         elif self._differs_since is None:
             self._differs_since = self._clock()
         elif self._clock() - self._differs_since >= PATIENCE:
             self._differs_since = self._clock()
+            differing = self._differing(self._membership.others() or [])
+            with self._lock:
+                silent = [n for n, _ in wish.servers if not self._seen.get(n, Seen()).answers]
+            if not differing and not silent:
+                return
             logger.error(
-                "These hosts have other DEFERRED_SESSIONS['SERVERS'], weights or 'COPIES' than "
-                "this one: %s. Before all have the same, %s will hold no sessions.",
-                ", ".join(differing),
-                ", ".join(waiting),
+                "DEFERRED_SESSIONS['SERVERS'] and ['COPIES'] of this host are not in force: %s "
+                "differ in them, and %s do not answer.",
+                ", ".join(differing) or "no hosts",
+                ", ".join(silent) or "no servers",
                 extra={"action": "servers_differ", "count": len(differing)},
             )
 
@@ -260,19 +293,21 @@ class Succession:
     def _tell(before: Standings, view: View) -> None:
         for name, standing in sorted(view.standings.items()):
             old = before.get(name)
+            if old is None or old.phase == standing.phase:
+                continue
             if name == ORDER:
-                if old is not None and old.phase != DISORDER and not view.is_in_order:
+                if not view.is_in_order:
                     logger.info(LOOKED_FOR, extra={"action": "order_changed"})
-            elif old is not None and old.phase != standing.phase:
-                level = logging.WARNING if standing.phase == OUT else logging.INFO
-                logger.log(
-                    level,
-                    "The session server %r is %r now; it was %r.",
-                    name,
-                    standing.phase,
-                    old.phase,
-                    extra={"action": "server_moved", "server": name, "phase": standing.phase},
-                )
+                continue
+            level = logging.WARNING if standing.phase == OUT else logging.INFO
+            logger.log(
+                level,
+                "The session server %r is %r now; it was %r.",
+                name,
+                standing.phase,
+                old.phase,
+                extra={"action": "server_moved", "server": name, "phase": standing.phase},
+            )
 
     @staticmethod
     def _complain(behind: set[str]) -> None:

@@ -17,7 +17,7 @@ from deferred_sessions.management.progress import ProgressBar
 from deferred_sessions.runtime import Runtime, get_runtime
 from deferred_sessions.servers.mender import Tally
 from deferred_sessions.servers.resync import Resync
-from deferred_sessions.servers.standing import GONE, LEAVING, OUT
+from deferred_sessions.servers.standing import OUT
 
 PAUSE: Final = 0.25  # seconds between looks at what another node does
 LINE: Final = "{:24} {:8} {:>12} {:>18} {:>12}"
@@ -37,7 +37,7 @@ class RepairCommand(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         """Repair, or look."""
-        runtime = _runtime_of_several()
+        runtime = runtime_of_several()
         if options["check"]:
             self._compare(runtime)
         else:
@@ -100,15 +100,15 @@ class RepairCommand(BaseCommand):
                 f"{', '.join(away)} cannot be reached. What the others have is served; when it "
                 "answers, the agents bring it up to date, and this command can."
             )
-        waiting = [name for name in view.names if view.phase(name) in {LEAVING, GONE}]
-        if waiting:
+        if not runtime.fleet.wish.places_as(view.order):
             raise CommandError(
-                f"{', '.join(waiting)} cannot be used before all hosts name it in "
-                "DEFERRED_SESSIONS['SERVERS'], with the same weights and COPIES, and it answers."
+                "DEFERRED_SESSIONS['SERVERS'] and ['COPIES'] are not in force yet: all hosts must "
+                "have the same, and new servers answer. Sessions are on "
+                f"{', '.join(view.names)}, {view.copies} times each."
             )
 
 
-def _runtime_of_several() -> Runtime:
+def runtime_of_several() -> Runtime:
     """Return the runtime, if there is something to put in order at all.
 
     Raises:

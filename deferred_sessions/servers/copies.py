@@ -64,6 +64,8 @@ class Copies:
         if not self._fleet.is_in_order():
             for server in self._fleet.live():
                 missed |= self._try(server, keys, partial(_delete_and_remember, keys))
+            for server in self._fleet.leaving():  # who is away hears of it when it is filled
+                self._try(server, keys, partial(_delete, keys))
             return missed
         for server, indexes in self._fleet.further_homes(keys).items():
             part = [keys[i] for i in indexes]
@@ -85,7 +87,7 @@ class Copies:
             for server in self._fleet.homes(key):
                 homes.setdefault(server, []).append(key)
         for server, part in homes.items():
-            missed |= self._try(server, part, partial(_remember, part))
+            missed |= self._try(server, part, partial(_delete_and_remember, part))
         return missed
 
     def _try(

@@ -17,6 +17,7 @@ from deferred_sessions.servers.standing import (
     LEAVING,
     ORDER,
     OUT,
+    Order,
     Standing,
     Standings,
     completed,
@@ -68,49 +69,56 @@ def decide(
 ) -> Standings:
     """Return how all servers stand now; nothing as long as that is not known of a new site.
 
-    `emptied` are servers that SERVERS names with weight 0. A server is used only while all
-    living nodes name it, which is known if they are unanimous; so while hosts with other
-    SERVERS are rolled out, all of them have the same homes.
+    `emptied` are servers that SERVERS names with weight 0. What this node's settings ask for
+    becomes the order when all living nodes are unanimous about it, and new servers answer; so
+    while hosts with other settings are rolled out, all of them have the same homes.
     """
+    wish, candidates = view.wish, [*dict(view.wish.servers), *emptied]
     registers = [s.register for s in seen.values() if s.register is not None]
     standings: Standings = merged(view.standings.values(), *registers)
     if not standings:
-        if not all(seen[name].answers for name in view.names):
+        if not all(_of(seen, name).answers for name in candidates):
             return {}
-        standings = begun(view, {name: seen[name].has_sessions for name in view.names}, now)
-    after = completed(standings, view.names, emptied)
-    for name in after.keys() - {*view.names, ORDER}:
+        return founded({name: _of(seen, name).has_sessions for name in candidates}, wish, now)
+    after = completed(standings, dict(wish.servers), emptied)
+    after[ORDER] = _order(after.get(ORDER), wish, seen, now, is_unanimous=is_unanimous)
+    names = [name for name, _ in Order.decoded(after[ORDER].phase).servers]
+    for name in after.keys() - {*names, ORDER}:
         after[name] = left(after[name], now)
-    is_orphaned = _is_orphaned(after, view.names)
-    for name in view.names:
-        if is_orphaned and after[name].phase == FILLING:
+    is_orphaned = _is_orphaned(after, names)
+    for name in names:
+        if after[name].phase in {LEAVING, GONE}:
+            after[name] = after[name].changed(FILLING, after[name].since)
+        elif is_orphaned:
             after[name] = after[name].changed(IN, now)
-        elif after[name].phase in {LEAVING, GONE}:
-            if is_unanimous and seen[name].answers:
-                after[name] = after[name].changed(FILLING, after[name].since)
         else:
-            after[name] = _next(after, name, view.names, seen, now)
-    after[ORDER] = view.with_standings(after).order_now(now)
+            after[name] = _next(after, name, names, seen, now)
     return after
 
 
-def begun(view: View, has_sessions: Mapping[str, bool], now: float) -> Standings:
-    """Return how the servers of a new site stand, or of one that had a single server before.
-
-    If several have sessions already, nobody knows by which weights.
-    """
-    standings = founded(has_sessions, now)
-    order = view.with_standings(standings).order_now(now)
-    if sum(has_sessions.values()) <= 1:
-        order = order._replace(phase=view.with_standings(standings).order)
-    return {**standings, ORDER: order}
-
-
 def left(standing: Standing, now: float) -> Standing:
-    """Return how a server stands that this node does not name in SERVERS."""
+    """Return how a server stands that is not in the order."""
     if standing.phase in {LEAVING, GONE}:
         return standing
     return standing.changed(LEAVING, now - MARGIN if standing.phase == IN else standing.since)
+
+
+def _order(
+    known: Standing | None,
+    wish: Order,
+    seen: Mapping[str, Seen],
+    now: float,
+    *,
+    is_unanimous: bool,
+) -> Standing:
+    """Return the order that is in force."""
+    if known is None:  # a register of an earlier version
+        return Standing(ORDER, 1, wish.encoded(), now)
+    order = Order.decoded(known.phase)
+    added = dict(wish.servers).keys() - dict(order.servers)
+    if wish.places_as(order) or not is_unanimous or not all(_of(seen, a).answers for a in added):
+        return known
+    return known.changed(wish.after(order).encoded(), now)
 
 
 def _is_orphaned(standings: Standings, names: Iterable[str]) -> bool:
@@ -118,9 +126,14 @@ def _is_orphaned(standings: Standings, names: Iterable[str]) -> bool:
 
     All that were in have left, and have been emptied.
     """
-    named = [standings[name].phase for name in names]
-    others = [s.phase for s in standings.values() if s.server not in {*names, ORDER}]
-    return not {IN, OUT}.intersection(named) and bool(others) and set(others) == {GONE}
+    phases = {standings[name].phase for name in names}
+    others = {s.phase for s in standings.values() if s.server not in {*names, ORDER}}
+    return phases == {FILLING} and others <= {GONE}
+
+
+def _of(seen: Mapping[str, Seen], name: str) -> Seen:
+    """Return what is seen of a server; of one that this host cannot reach, nothing is."""
+    return seen.get(name, Seen())
 
 
 def _next(
@@ -129,10 +142,10 @@ def _next(
     """Return how a server stands that is used, if the others stand so."""
     it, others = standings[name], [other for other in names if other != name]
     if it.phase == OUT:
-        return it.changed(FILLING, it.since) if seen[name].answers >= STEADY else it
+        return it.changed(FILLING, it.since) if _of(seen, name).answers >= STEADY else it
     can_go = it.phase == FILLING or any(
-        standings[other].phase == IN and not seen[other].is_lost for other in others
+        standings[other].phase == IN and not _of(seen, other).is_lost for other in others
     )
-    if seen[name].is_lost and can_go and any(seen[other].answers for other in others):
+    if _of(seen, name).is_lost and can_go and any(_of(seen, o).answers for o in others):
         return it.changed(OUT, now - MARGIN if it.phase == IN else it.since)
     return it

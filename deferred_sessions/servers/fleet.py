@@ -18,11 +18,16 @@ from deferred_sessions.exceptions import (
     ServerUnavailableError,
     SessionAwayError,
 )
-from deferred_sessions.servers.deciding import begun
-from deferred_sessions.servers.placement import Placement
 from deferred_sessions.servers.registry import Registry, announce
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.standing import Standing, Standings, completed, merged
+from deferred_sessions.servers.standing import (
+    Order,
+    Standing,
+    Standings,
+    completed,
+    founded,
+    merged,
+)
 from deferred_sessions.servers.view import View, decode
 
 T = TypeVar("T")
@@ -46,29 +51,46 @@ class Fleet:
         is_known: Callable[[str], bool],
         note: Callable[[], bytes | None],
     ) -> None:
-        self.copies = copies
+        self.wish = Order.of(weights, copies)
+        """What the settings of this process ask for."""
         self.emptied = tuple(emptied)
         """The servers that are to hold nothing any more."""
-        self.weights = tuple(sorted(weights.items()))
-        self._placement = Placement(weights)
-        self._ranked = self._placement.remembered
         self._make = make
         self._is_known = is_known
         self._note = note
-        self._servers = {alias: make(alias) for alias in weights}
-        self._leaving: dict[str, SessionServer] = {}
+        self._servers = {alias: make(alias) for alias in (*weights, *emptied)}
         self.first = next(iter(self._servers.values()))
         self.only = self.first if len(weights) == 1 and not emptied else None
         """The server, if there is but one, and none that is to be emptied."""
-        self.wish = self.start({}).order
-        """The digest of SERVERS and COPIES: nodes of one mind have the same."""
         self._seen: tuple[bytes, View] | None = None
         self._asked: tuple[float, View] | None = None
 
     @property
     def servers(self) -> tuple[SessionServer, ...]:
-        """All of SERVERS, in their order, also those that are out."""
+        """All servers that this process knows of: those of SERVERS first, then others in use."""
+        note = self._note() if self.only is None else None
+        if note is not None:
+            view = self.read(note)
+            for alias in (*view.names, *view.leaving):
+                if self._is_known(alias):
+                    self.named(alias)
         return tuple(self._servers.values())
+
+    def named(self, alias: str) -> SessionServer:
+        """Return the server of this name.
+
+        Raises:
+            ServerUnavailableError: DATABASES of this host does not name it.
+        """
+        server = self._servers.get(alias)
+        if server is None:
+            if not self._is_known(alias):
+                raise ServerUnavailableError(
+                    f"The session server {alias!r} is in use, and DATABASES does not name it. Name "
+                    "it there, until `manage.py rebalancesessions` has emptied it."
+                )
+            server = self._servers[alias] = self._make(alias)
+        return server
 
     def owner(self) -> str:
         """Return the node that writes."""
@@ -84,14 +106,15 @@ class Fleet:
         """Return the server whose row decides about `key`."""
         if self.only is not None:
             return self.only
-        return self._servers[self.view().authority(self._ranked(key))]
+        view = self.view()
+        return self.named(view.authority(view.placement.remembered(key)))
 
     def homes(self, key: str) -> tuple[SessionServer, ...]:
         """Return the servers that are to hold `key` now; the authority first."""
         if self.only is not None:
             return (self.only,)
-        homes = self.view().homes(self._ranked(key))
-        return tuple([self._servers[alias] for alias in homes])
+        view = self.view()
+        return tuple([self.named(alias) for alias in view.homes(view.placement.remembered(key))])
 
     def has_further_homes(self) -> bool:
         """Tell whether any session belongs on more than one server now."""
@@ -103,19 +126,13 @@ class Fleet:
         further: dict[SessionServer, list[int]] = {}
         if self.only is not None:
             return further
-        view, ranked = self.view(), self._ranked
+        view = self.view()
         if view.copies > 1 or view.filling:
+            ranked = view.placement.remembered
             for index, key in enumerate(keys):
                 for alias in view.homes(ranked(key))[1:]:
-                    further.setdefault(self._servers[alias], []).append(index)
+                    further.setdefault(self.named(alias), []).append(index)
         return further
-
-    def ranked(self, key: str) -> tuple[str, ...]:
-        """Return all of SERVERS in the order in which they would hold `key`.
-
-        For walks through all sessions: it leaves alone what is remembered of those in use.
-        """
-        return self._placement.ranked(key)
 
     def by_authority(
         self, items: Sequence[T], key: Callable[[T], str], view: View | None = None
@@ -126,11 +143,12 @@ class Fleet:
         """
         if self.only is not None:
             return [(self.only, items)] if items else []
-        view, ranked = view or self.view(), self._ranked
+        view = view or self.view()
+        ranked = view.placement.remembered
         parts: dict[str, list[T]] = {alias: [] for alias in sorted(view.trusted)}
         for item in items:
             parts[view.authority(ranked(key(item)))].append(item)
-        return [(self._servers[alias], part) for alias, part in parts.items() if part]
+        return [(self.named(alias), part) for alias, part in parts.items() if part]
 
     def retried(self, key: str, work: Callable[[SessionServer], T]) -> T:
         """Return what `work` says of the authority of `key`; of the next one if that is away.
@@ -179,63 +197,66 @@ class Fleet:
         """Tell whether sessions can only be where weights and copies have them."""
         return self.only is not None or self.view().is_in_order
 
+    def has_all(self) -> bool:
+        """Tell whether each session is on some server that is not out."""
+        if self.only is not None:
+            return True
+        view = self.view()
+        return len(view.names) - len(view.live) < view.order.surely
+
     def is_settled(self) -> bool:
         """Tell whether all that this node has in memory is known where it belongs now."""
         return self.only is not None or self.view().is_settled
 
     def has_gap(self) -> bool:
-        """Tell whether a server may lack something that others have."""
-        return self.only is None and self.view().oldest_gap() is not None
+        """Tell whether a server may lack something that others have, or have what they lack."""
+        if self.only is not None:
+            return False
+        view = self.view()
+        return view.oldest_gap() is not None or view.disorder_since() is not None
 
     def is_decided(self, key: str, server: SessionServer, view: View) -> bool:
         """Tell whether `server` decides about `key` in this view, and all nodes know that."""
-        ranked = self._ranked(key)
-        return view.authority(ranked) == server.alias and not view.is_moving(ranked)
+        authority = view.authority(view.placement.remembered(key))
+        return authority == server.alias and not view.is_moving(key)
 
     def live(self) -> list[SessionServer]:
-        """Return the servers that are used, and not out."""
+        """Return the servers in use that are not out, as far as DATABASES names them."""
         if self.only is not None:
             return [self.only]
-        return [self._servers[alias] for alias in self.view().live]
+        return [self.named(alias) for alias in self.view().live if self._can_name(alias)]
 
     def leaving(self) -> list[SessionServer]:
         """Return the servers that are only read from, as far as DATABASES still names them."""
         if self.only is not None:
             return []
-        found = []
-        for alias in self.view().leaving:
-            server = self._servers.get(alias) or self._leaving.get(alias)
-            if server is None and self._is_known(alias):
-                server = self._leaving[alias] = self._make(alias)
-            if server is not None:
-                found.append(server)
-        return found
+        return [self.named(alias) for alias in self.view().leaving if self._can_name(alias)]
 
     def read(self, note: bytes) -> View:
         """Return the view that a node has noted."""
-        return decode(note, self.weights, self.copies)
+        return decode(note, self.wish)
 
     def start(self, standings: Mapping[str, Standing]) -> View:
         """Return a view of a node that knows nothing but these standings."""
-        known = completed(standings, self._servers, self.emptied)
-        return View(servers=self.weights, copies=self.copies, standings=known)
+        known = completed(standings, dict(self.wish.servers), self.emptied)
+        return View(wish=self.wish, standings=known)
 
     # Connections
 
     def in_transaction(self) -> bool:
         """Tell whether what is written now waits for somebody else's commit, on any server."""
-        return any(server.in_transaction() for server in self._servers.values())
+        return any(server.in_transaction() for server in tuple(self._servers.values()))
 
     def leave_pools(self) -> None:
         """Have this thread use connections of its own: see `SessionServer.leave_pool`."""
-        for server in self._servers.values():
+        for server in tuple(self._servers.values()):
             server.leave_pool()
 
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Be outside of the application's transactions in the block, if there are any."""
         with ExitStack() as stack:
-            for server in self._servers.values():
+            for server in tuple(self._servers.values()):
                 stack.enter_context(server.outside())
             yield
 
@@ -243,11 +264,14 @@ class Fleet:
     def visit(self) -> Iterator[None]:
         """Leave the thread's connections as they were: see `SessionServer.visit`."""
         with ExitStack() as stack:
-            for server in self._servers.values():
+            for server in tuple(self._servers.values()):
                 stack.enter_context(server.visit())
             yield
 
     # Inside
+
+    def _can_name(self, alias: str) -> bool:
+        return alias in self._servers or self._is_known(alias)
 
     def _ask(self) -> View:
         """Return what the servers say themselves, in a process whose node has no agent."""
@@ -255,7 +279,7 @@ class Fleet:
         if asked is not None and 0 <= time.monotonic() - asked[0] < ASK_AGAIN:
             return asked[1]
         registers: list[Iterable[Standing]] = []
-        for server in self._servers.values():
+        for server in tuple(self._servers.values()):
             try:
                 with server.attempt():
                     registers.append(Registry(server).read().values())
@@ -272,18 +296,18 @@ class Fleet:
         """
         try:
             found = {}
-            for alias, server in self._servers.items():
+            for alias, server in tuple(self._servers.items()):
                 with server.attempt():
                     found[alias] = Registry(server).has_sessions()
         except DeferredSessionsError:
             return {}
-        standings = begun(self.start({}), found, time.time())
-        announce(self._servers.values(), *standings.values())
+        standings = founded(found, self.wish, time.time())
+        announce(tuple(self._servers.values()), *standings.values())
         return standings
 
     def _has_passed_on(self, key: str, server: SessionServer) -> bool:
         """Wait until another server decides about `key`, if that may come; return whether."""
-        others = [other for other in self._servers.values() if other is not server]
+        others = [other for other in self.live() if other is not server]
         if all(other.breaker.is_broken for other in others):
             return False
         until = time.monotonic() + PATIENCE

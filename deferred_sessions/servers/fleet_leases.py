@@ -24,7 +24,8 @@ class FleetLeases:
     def __init__(self, fleet: Fleet, make: Callable[[SessionServer], Leases]) -> None:
         self._fleet = fleet
         self._lookup = Lookup(fleet)
-        self._leases = {server.alias: make(server) for server in fleet.servers}
+        self._make = make
+        self._leases: dict[str, Leases] = {}
 
     def acquire(
         self, key: str, *, waits: bool = False, is_unknown: Callable[[], bool] = bool
@@ -38,7 +39,7 @@ class FleetLeases:
         While the servers change places, all are queued, by nobody: ask again soon.
         """
         if self._fleet.only is not None:
-            return self._leases[self._fleet.only.alias].acquire(key, waits=waits)
+            return self._at(self._fleet.only).acquire(key, waits=waits)
         ask = partial(self._acquire, key, waits=waits, is_unknown=is_unknown)
         return self._fleet.retried(key, ask)
 
@@ -53,7 +54,7 @@ class FleetLeases:
 
     def withdraw(self, key: str) -> None:
         """Leave the queue for `key`."""
-        self._leases[self._fleet.at(key).alias].withdraw(key)
+        self._at(self._fleet.at(key)).withdraw(key)
 
     def requested(self) -> dict[str, int]:
         """Return the leases of this node, with their fences, that others wait for.
@@ -82,7 +83,7 @@ class FleetLeases:
         for server, keys in parts:
             try:
                 part = {key: leases[key] for key in keys}
-                released |= self._leases[server.alias].release(part, epoch)
+                released |= self._at(server).release(part, epoch)
             except DeferredSessionsError as error:
                 failure = error
         if failure is not None and not released:
@@ -98,7 +99,7 @@ class FleetLeases:
         found: dict[str, int] = {}
         known_to = ""  # up to which key all servers have been heard
         for server in self._fleet.live():
-            held = self._leases[server.alias].held(after, limit)
+            held = self._at(server).held(after, limit)
             found |= held
             if len(held) == limit:
                 known_to = min(known_to or max(held), max(held))
@@ -107,7 +108,13 @@ class FleetLeases:
     def refuse(self, refusals: Sequence[Refusal]) -> None:
         """Keep what was refused, where it was: see `Leases.refuse`."""
         for server, part in self._fleet.by_authority(refusals, lambda refusal: refusal.key):
-            self._leases[server.alias].refuse(part)
+            self._at(server).refuse(part)
+
+    def _at(self, server: SessionServer) -> Leases:
+        leases = self._leases.get(server.alias)
+        if leases is None:
+            leases = self._leases.setdefault(server.alias, self._make(server))
+        return leases
 
     def _acquire(
         self, key: str, server: SessionServer, *, waits: bool, is_unknown: Callable[[], bool]
@@ -118,7 +125,7 @@ class FleetLeases:
             return Grant(Answer.QUEUED)
         if not self._fleet.is_whole():
             self._lookup.bring(key)
-        leases = self._leases[server.alias]
+        leases = self._at(server)
         return leases.acquire(key, waits=waits, is_unknown=is_unknown(), epoch=view.epoch)
 
     def _of_each(
@@ -129,7 +136,7 @@ class FleetLeases:
         failure: DeferredSessionsError | None = None
         for server in self._fleet.live():
             try:
-                answers.append((server, ask(self._leases[server.alias])))
+                answers.append((server, ask(self._at(server))))
             except DeferredSessionsError as error:
                 failure = error
         if failure is not None and not answers:

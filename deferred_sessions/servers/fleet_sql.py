@@ -86,6 +86,13 @@ DELETED: Final[LiteralString] = """
 """
 """Whether somebody deleted a session here."""
 
+REVOKED: Final[LiteralString] = """
+    SELECT coalesce(max(id), 0)::int8, coalesce(extract(epoch FROM max(made_at)), 0)::float8
+      FROM deferred_sessions_revocation
+     WHERE session_key = %b
+"""
+"""The number of the last time that somebody deleted or changed a session here, and when."""
+
 RECORD_DELETION: Final[LiteralString] = """
     WITH recorded AS (
          INSERT INTO deferred_sessions_revocation (session_key, node)

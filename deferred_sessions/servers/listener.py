@@ -12,7 +12,7 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, Final
 
@@ -100,10 +100,11 @@ class Listeners:
     """Listens to all session servers that are not out; closed by the end of a `with`."""
 
     def __init__(
-        self, listeners: Mapping[str, Listener], live: Callable[[], Collection[str]]
+        self, make: Callable[[str], Listener], live: Callable[[], Collection[str]]
     ) -> None:
-        self._listeners = listeners
+        self._make = make
         self._live = live
+        self._listeners: dict[str, Listener] = {}
 
     def __enter__(self) -> Listeners:
         return self
@@ -119,7 +120,7 @@ class Listeners:
 
     def wait(self, seconds: float, stop: threading.Event) -> set[str]:
         """Wait until any of them tells something, or for `seconds`; return what it was told."""
-        live = [self._listeners[alias] for alias in self._live()]
+        live = [self._at(alias) for alias in self._live()]
         if len(live) == 1:
             return live[0].wait(seconds, stop)
         poll, places = select.poll(), dict[int, Listener]()
@@ -134,3 +135,8 @@ class Listeners:
         for place, _ in poll.poll(seconds * 1000):
             words |= places[place].wait(AT_ONCE, stop)
         return words
+
+    def _at(self, alias: str) -> Listener:
+        if alias not in self._listeners:
+            self._listeners[alias] = self._make(alias)
+        return self._listeners[alias]

@@ -6,7 +6,7 @@ said if a server that is trusted, and that would be a home if all were, has said
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -16,7 +16,9 @@ from deferred_sessions.servers.copies import copy
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.rows import Columns, Position
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.standing import IN
+from deferred_sessions.servers.shelf import CHANGED, Shelf, Stamp
+from deferred_sessions.servers.standing import EPOCH, IN
+from deferred_sessions.servers.view import View
 
 AWAY: Final = "The session server that may have the latest of this session is away."
 
@@ -34,6 +36,20 @@ class Copy(NamedTuple):
         return self.columns.fence[0], self.columns.version[0], self.columns.expires_at[0]
 
 
+class Look(NamedTuple):
+    """What a server says of a session."""
+
+    copy: Copy | None
+    revoked: int
+    """The number of the last time that it was revoked there; 0 if it never was."""
+    revoked_at: float
+
+    @property
+    def is_deleted(self) -> bool:
+        """Somebody deleted it there."""
+        return self.copy is None and self.revoked > 0
+
+
 class Lookup:
     """Brings sessions to where they belong now."""
 
@@ -48,49 +64,79 @@ class Lookup:
             SessionAwayError: Who has it may be away.
         """
         authority, view = self._fleet.at(key), self._fleet.view()
-        here = latest = find(authority, key)
-        is_deleted, heard = self._is_deleted(authority, key), {authority.alias}
-        leaving = self._fleet.leaving()
-        for server in [*self._fleet.live(), *leaving]:
-            if server is authority:
-                continue
-            with suppress(DeferredSessionsError):
-                found, is_gone = find(server, key), self._is_deleted(server, key)
-                is_deleted = is_deleted or is_gone
-                heard.add(server.alias)
-                if found is not None and (latest is None or found.position > latest.position):
-                    latest = found
+        looks = {authority: look(authority, key)}
+        for server in (*self._fleet.live(), *self._fleet.leaving()):
+            if server is not authority:
+                with suppress(DeferredSessionsError):
+                    looks[server] = look(server, key)
+        here, latest, source = looks[authority].copy, looks[authority].copy, authority
+        for server, found in looks.items():
+            if found.copy and (latest is None or found.copy.position > latest.position):
+                latest, source = found.copy, server
+        is_deleted = any(found.is_deleted for found in looks.values())
         if is_deleted and here is None:
             return
-        silent = {*view.members, *(server.alias for server in leaving)} - heard
-        self._check(key, None if latest is None else latest.written_at, silent)
+        if here is not None and latest is not None and _is_dead(latest, looks.values()):
+            remove_as(authority, here)
+            return
+        heard = {server.alias for server in looks}
+        self._check(view, key, None if latest is None else latest.written_at, heard)
         if latest is not None and latest is not here and not is_deleted:
             copy(authority, latest.columns, latest.owner, latest.written_at)
-
-    def _check(self, key: str, written_at: float | None, silent: set[str]) -> None:
-        """Raise if who said nothing may have something later of the session.
-
-        Only a server that would be a home if all were in may; not if another such server is
-        trusted and was asked, nor if what was found was written after that had gone away: what is
-        older may be left over from an earlier outage. In disorder, any server may.
-        """
-        view = self._fleet.view()
-        homes = [alias for alias in self._fleet.ranked(key) if alias in view.members]
-        if view.is_in_order:
-            homes = homes[: self._fleet.copies]
-        missing = [alias for alias in homes if alias in silent]
-        if written_at is None and silent.intersection(view.leaving):
-            raise SessionAwayError(AWAY)
-        has_heard_one = any(view.phase(alias) == IN for alias in homes if alias not in missing)
-        if not missing or (has_heard_one and view.is_in_order):
-            return
-        since = [view.standings[alias].since for alias in missing if alias in view.standings]
-        if written_at is None or written_at < min(since, default=0.0):
-            raise SessionAwayError(AWAY)
+            # Who deleted it meanwhile has removed this copy, or has said so there or here.
+            if any(look(s, key).revoked != looks[s].revoked for s in (authority, source)):
+                remove_as(authority, latest)
 
     @staticmethod
-    def _is_deleted(server: SessionServer, key: str) -> bool:
-        return bool(server.run(fleet_sql.DELETED, [key])[0][0])
+    def _check(view: View, key: str, written_at: float | None, heard: set[str]) -> None:
+        """Raise if who said nothing may have something later of the session.
+
+        In order only those may that would be homes if all were in, and those that are leaving; in
+        disorder any that has ever been in. Not if fewer than hold each session are in doubt; nor
+        if what was found was written after those had gone away: what is older may be left over
+        from an earlier outage.
+        """
+        ranked = view.placement.ranked(key)
+        homes = ranked[: view.copies] if view.is_in_order else ranked
+        doubtful = [
+            alias
+            for alias in homes
+            if not (alias in heard and view.phase(alias) == IN) and view.since(alias) != EPOCH
+        ]
+        doubtful += view.leaving
+        silent = [alias for alias in doubtful if alias not in heard]
+        if not silent or len(doubtful) < view.order.surely:
+            return
+        if written_at is None or written_at < min(map(view.since, silent)):
+            raise SessionAwayError(AWAY)
+
+
+def look(server: SessionServer, key: str) -> Look:
+    """Return what `server` has, or had, of a session.
+
+    Raises:
+        ServerUnavailableError: It does not answer.
+    """
+    found = find(server, key)
+    ((revoked, revoked_at),) = server.run(fleet_sql.REVOKED, [key])
+    return Look(found, revoked, revoked_at)
+
+
+def remove_as(server: SessionServer, found: Copy) -> None:
+    """Remove a row that stands as it was found; nobody hears of it."""
+    columns = found.columns
+    stamp = Stamp(columns.fence[0], columns.version[0], columns.expires_at[0], found.written_at)
+    Shelf(server).remove({columns.key[0]: stamp})
+
+
+def _is_dead(latest: Copy, looks: Iterable[Look]) -> bool:
+    """Tell whether somebody ended a session after the latest of it was written.
+
+    Not of one that was changed in PostgreSQL, because it was revoked for that, too.
+    """
+    if latest.columns.version[0] >= CHANGED:
+        return False
+    return any(found.is_deleted and found.revoked_at > latest.written_at for found in looks)
 
 
 def positions(server: SessionServer, keys: Sequence[str]) -> dict[str, Position]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
-from deferred_sessions.servers.shelf import Shelf, Stamp
+from deferred_sessions.servers.shelf import CHANGED, Shelf, Stamp
 from deferred_sessions.servers.view import Rank, View
 
 MARGIN: Final = 600.0  # seconds by which the clocks of two servers may differ
@@ -51,11 +51,10 @@ class Mender:
         self,
         shelves: Mapping[str, Shelf],
         view: View,
-        ranked: Callable[[str], Rank],
     ) -> None:
         self._shelves = shelves
         self._view = view
-        self._ranked = ranked
+        self._ranked = view.placement.ranked
 
     def delete(self, source: str, target: str, after: int, since: float) -> Page:
         """Remove from `target` what was deleted elsewhere since then, as `source` has it."""
@@ -163,7 +162,11 @@ class Mender:
         homes: Mapping[str, tuple[str, ...]],
         now: float,
     ) -> set[str]:
-        """Return whose row is missing at the authority, because it was deleted or has expired."""
+        """Return whose row is missing at the authority, because it was deleted or has expired.
+
+        In disorder, also who was deleted elsewhere: where it had been before. A row that somebody
+        changed in PostgreSQL was revoked for that, which is no deletion.
+        """
         dead: set[str] = set()
         for authority, keys in _grouped(page, lambda key: homes[key][0]).items():
             if authority == source:
@@ -171,6 +174,11 @@ class Mender:
             missing = self._shelves[authority].missing(keys)
             dead |= {key for key in missing if page[key].expires_at <= now}
             dead |= self._shelves[authority].ended({key: page[key] for key in missing})
+        if not self._view.is_in_order:
+            own = {key: stamp for key, stamp in page.items() if stamp.version < CHANGED}
+            for alias in self._shelves.keys() - {source}:
+                missing = self._shelves[alias].missing(own)
+                dead |= self._shelves[alias].ended_since({key: own[key] for key in missing})
         return dead
 
     def _without_row(self, keys: Iterable[str]) -> set[str]:

@@ -67,3 +67,9 @@ def _weighted(draw: int, weight: float) -> float:
 def _beginning(name: str) -> blake2b:
     """Return a hash that has begun with the server; of one length, whatever its name."""
     return blake2b(blake2b(name.encode(), digest_size=16).digest(), digest_size=8)
+
+
+@lru_cache(maxsize=8)
+def placement_of(servers: tuple[tuple[str, float], ...]) -> Placement:
+    """Return the placement by these names and weights; the same one each time."""
+    return Placement(dict(servers))

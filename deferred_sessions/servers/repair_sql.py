@@ -97,6 +97,15 @@ ENDED: Final[LiteralString] = """
 """Which of these sessions, that have no row here, somebody ended; with when they were written,
 because who empties the table does not mean what comes later."""
 
+ENDED_SINCE: Final[LiteralString] = """
+    SELECT DISTINCT key
+      FROM unnest(%b::text[], %b::float8[]) AS asked (key, written_at)
+      JOIN deferred_sessions_revocation AS revocation
+        ON (revocation.session_key = key OR revocation.session_key IS NULL)
+       AND revocation.made_at > to_timestamp(written_at)
+"""
+"""Which of these, that have no row here, somebody ended after they were written as they are."""
+
 CLAIM: Final[LiteralString] = """
     UPDATE deferred_sessions_server
        SET repairer = %b, seen_at = clock_timestamp()

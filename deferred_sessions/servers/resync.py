@@ -114,8 +114,23 @@ class Resync:
         """Have everything compared and put in order, unless that is to be done anyway."""
         view = self._fleet.view()
         if not self._untidy(view):
-            server = view.names[0]
+            server = next((n for n in view.names if view.phase(n) == IN), view.names[0])
             self._server(server).change(sql.BEGIN, [UNTIDY, server])
+
+    def give_up(self, server: str, now: float) -> bool:
+        """Have nobody look on a server that is leaving any more; return whether it was.
+
+        What only that one has is lost.
+
+        Raises:
+            ServerUnavailableError: Some other server was not told, and says otherwise.
+        """
+        view = self._fleet.view()
+        if server not in view.leaving:
+            return False
+        for each in self._fleet.live():
+            Registry(each).write([view.standings[server].changed(GONE, now)])
+        return True
 
     def check(self, now: float) -> Iterator[tuple[str, Tally]]:
         """Yield for each server, page by page, what `begin` would have to do; change nothing."""
@@ -132,9 +147,8 @@ class Resync:
         return sum(shelf.size() for shelf in self._shelves(self._fleet.view()).values())
 
     def leaving(self) -> list[str]:
-        """Return the servers that SERVERS names no more, and DATABASES still does."""
-        named = self._fleet.view().names
-        return [s.alias for s in self._fleet.leaving() if s.alias not in named]
+        """Return the servers that are only read from, and that DATABASES still names."""
+        return [server.alias for server in self._fleet.leaving()]
 
     # Inside
 
@@ -203,17 +217,17 @@ class Resync:
         mine, me, number = self._server(server), self._me(), view.standings[server].number
         looked_at, copied, removed = position.tally
         if server in view.filling:
-            self._tell(Standing(server, number + 1, IN, now))
+            self._tell(view.standings[server].changed(IN, now))
             mine.change(sql.LEAVE, [UNTIDY, server, number + 1, me])
             message, extra = FILLED, {"action": "server_filled"}
         elif server in view.leaving:
             if self._shelves(view)[server].page(""):  # what changed while it was looked at
                 mine.change(sql.LEAVE, [UNTIDY, server, number, me])
                 return
-            self._tell(Standing(server, number + 1, GONE, now))
+            self._tell(view.standings[server].changed(GONE, now))
             message, extra = EMPTIED, {"action": "server_emptied"}
         else:
-            self._tell_of_order(view, now)
+            self._tell_of_order(view)
             mine.change(sql.LEAVE, ["", server, number, me])
             message, extra = TIDIED, {"action": "servers_in_order"}
         extra["server"] = server
@@ -227,23 +241,23 @@ class Resync:
                 with suppress(ServerUnavailableError):  # it hears of it from the others
                     Registry(server).write([standing])
 
-    def _tell_of_order(self, view: View, now: float) -> None:
+    def _tell_of_order(self, view: View) -> None:
         """Tell all servers that each session is where it belongs, if that is news."""
         if not view.is_in_order and not view.leaving:
-            order = view.standings[ORDER].changed(view.order, now)
+            known = view.standings[ORDER]
+            order = known.changed(view.order.kept().encoded(), known.since)
             for server in self._fleet.live():
                 Registry(server).write([order])
 
     def _mender(self, view: View) -> Mender:
-        return Mender(self._shelves(view), view, self._fleet.ranked)
+        return Mender(self._shelves(view), view)
 
     def _shelves(self, view: View) -> dict[str, Shelf]:
         """Return the rows of all servers that answer."""
         return {name: Shelf(self._server(name)) for name in (*view.live, *self.leaving())}
 
     def _server(self, name: str) -> SessionServer:
-        servers = (*self._fleet.servers, *self._fleet.leaving())
-        return next(server for server in servers if server.alias == name)
+        return self._fleet.named(name)
 
     def _release_if_dead(self, server: SessionServer) -> None:
         """Have nobody wait for a process of this node that repairs no more."""

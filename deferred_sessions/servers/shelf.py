@@ -22,6 +22,7 @@ from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.stream import StatementStream
 
 PART: Final = 5000  # rows in one transaction
+CHANGED: Final = 1 << 32  # from this version on, a row was changed by others: migration 0003
 _stamp: Final = tuple.__new__  # not _make: millions are made
 
 
@@ -125,6 +126,13 @@ class Shelf:
         keys = sorted(stamps)
         written = [stamps[key].written_at for key in keys]
         rows = self.server.ask(sql.ENDED, [keys, written, keys]) if keys else []
+        return {key for (key,) in rows}
+
+    def ended_since(self, stamps: Mapping[str, Stamp]) -> set[str]:
+        """Return those of them that somebody ended after they were written."""
+        keys = sorted(stamps)
+        written = [stamps[key].written_at for key in keys]
+        rows = self.server.ask(sql.ENDED_SINCE, [keys, written]) if keys else []
         return {key for (key,) in rows}
 
     def size(self) -> int:

@@ -6,6 +6,7 @@ standings of one server all nodes and all registers prefer the same one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
@@ -14,18 +15,16 @@ IN: Final = "in"
 FILLING: Final = "filling"
 """Answers, but may have missed something: gets each write as a copy, and what it lacks."""
 LEAVING: Final = "leaving"
-"""Some node does not name it in SERVERS, and it may have sessions; only read from."""
+"""Not in the order any more, and it may have sessions; only read from."""
 OUT: Final = "out"
 """Does not answer; not used."""
 GONE: Final = "gone"
-"""Empty, and some node does not name it in SERVERS, or did not yet: nobody looks there."""
+"""Not in the order, or not yet, and empty: nobody looks there."""
 TRUST: Final = (GONE, OUT, LEAVING, FILLING, IN)
 """Of two standings with one number that counts which stands before the other here."""
 EPOCH: Final = 0.0  # since when a server that was added may have missed something
 ORDER: Final = ""
-"""In the place of a server: by which weights and copies all sessions are where they belong."""
-DISORDER: Final = ""
-"""Its phase while they may be anywhere."""
+"""In the place of a server's name: its phase is the order in force."""
 
 
 class Standing(NamedTuple):
@@ -45,6 +44,51 @@ class Standing(NamedTuple):
 Standings = Mapping[str, Standing]
 
 
+class Order(NamedTuple):
+    """By what sessions are placed, on all nodes, whatever their settings say meanwhile."""
+
+    servers: tuple[tuple[str, float], ...]
+    """Names and weights, by name."""
+    copies: int
+    is_kept: bool = False
+    """All sessions are where it has them; else some may be where an earlier one had them."""
+    least: int = 0
+    """On how many servers each session has been since that was so last; 0 for `copies`."""
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float], copies: int) -> Order:
+        """Return the order that settings ask for."""
+        return cls(tuple(sorted(weights.items())), copies)
+
+    @classmethod
+    def decoded(cls, text: str) -> Order:
+        """Return the order that `encoded` made this text of."""
+        is_kept, copies, least, servers = json.loads(text)
+        return cls(tuple((name, weight) for name, weight in servers), copies, is_kept, least)
+
+    def encoded(self) -> str:
+        """Return it as a phase; of two the one that is not kept sorts before the other."""
+        return json.dumps([self.is_kept, self.copies, self.least, self.servers])
+
+    @property
+    def surely(self) -> int:
+        """On how many servers each session is at least that was written while all were in."""
+        return self.least or self.copies
+
+    def places_as(self, other: Order) -> bool:
+        """Tell whether both place sessions on the same servers."""
+        return self[:2] == other[:2]
+
+    def kept(self) -> Order:
+        """Return it when all sessions are where they belong."""
+        return self._replace(is_kept=True, least=0)
+
+    def after(self, before: Order) -> Order:
+        """Return it when it takes the place of another."""
+        least = min(before.surely, self.copies)
+        return self._replace(is_kept=False, least=least)
+
+
 def merged(*registers: Iterable[Standing]) -> dict[str, Standing]:
     """Return the newest standing of each server that any of `registers` knows."""
     newest: dict[str, Standing] = {}
@@ -56,16 +100,21 @@ def merged(*registers: Iterable[Standing]) -> dict[str, Standing]:
     return newest
 
 
-def founded(has_sessions: Mapping[str, bool], now: float) -> dict[str, Standing]:
-    """Return how servers stand that nothing is known of: all in, but for those that were added.
+def founded(has_sessions: Mapping[str, bool], wish: Order, now: float) -> dict[str, Standing]:
+    """Return how servers stand that nothing is known of: those in use are in, or else all.
 
-    If some have sessions, those that have none were added and lack theirs.
+    What is asked for beyond that comes later, as any change. If several have sessions already,
+    nobody knows by which weights.
     """
-    is_used = any(has_sessions.values())
-    return {
-        server: Standing(server, 1, IN, now) if has or not is_used else _added(server)
-        for server, has in has_sessions.items()
-    }
+    used = [server for server, has in has_sessions.items() if has]
+    weights, order = dict(wish.servers), wish
+    if used:
+        order = Order.of({s: weights.get(s, 1.0) for s in used}, min(wish.copies, len(used)))
+    if len(used) <= 1:
+        order = order.kept()
+    names = dict(order.servers)
+    found = {s: Standing(s, 1, IN, now) if s in names else _added(s) for s in has_sessions}
+    return {**found, ORDER: Standing(ORDER, 1, order.encoded(), now)}
 
 
 def completed(

@@ -1,8 +1,8 @@
 """Which session servers are in, and what follows from that for each key.
 
 Made by `fleet` from a note of the node, changed by `succession`. Pure. Invariant: two nodes
-that know of the same standings, and are of one digest, choose the same homes for each key,
-though one of them names servers that the other does not.
+that know of the same standings choose the same homes for each key, whatever their settings
+say: by which weights sessions are placed stands among the standings.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from deferred_sessions.servers.placement import Placement, placement_of
 from deferred_sessions.servers.standing import (
-    DISORDER,
     EPOCH,
     FILLING,
     GONE,
@@ -23,6 +23,7 @@ from deferred_sessions.servers.standing import (
     LEAVING,
     ORDER,
     OUT,
+    Order,
     Standing,
     Standings,
 )
@@ -35,19 +36,25 @@ class Layout(NamedTuple):
     """What homes follow from, besides the key."""
 
     servers: tuple[tuple[str, float], ...]
-    """Names and weights, as SERVERS has them."""
+    """Names and weights, as the order has them."""
     copies: int
     trusted: tuple[str, ...]
     """Those that are in."""
+
+    def homes(self, key: str) -> tuple[str, ...]:
+        """Return the servers that are to hold `key`; the authority first."""
+        if not self.servers:
+            return ()
+        ranked = placement_of(self.servers).ranked(key)
+        return trusted_homes(ranked, self.trusted, self.copies)
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
     """What a node knows of its session servers; never changed, shared by threads."""
 
-    servers: tuple[tuple[str, float], ...]
-    """Names and weights, as SERVERS has them."""
-    copies: int
+    wish: Order
+    """What this node's settings ask for: the order, as long as nothing is known."""
     standings: Standings
     past: tuple[Layout, ...] = ()
     """From which layouts on not all nodes are known to have moved; see `is_moving`."""
@@ -59,9 +66,25 @@ class View:
     """The digest of the view that all nodes were found settled on."""
 
     @cached_property
+    def order(self) -> Order:
+        """By what sessions are placed."""
+        known = self.standings.get(ORDER)
+        return self.wish if known is None else Order.decoded(known.phase)
+
+    @cached_property
+    def copies(self) -> int:
+        """On how many servers each session is to be."""
+        return self.order.copies
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
-        """All of SERVERS."""
-        return tuple(name for name, _ in self.servers)
+        """All servers of the order."""
+        return tuple(name for name, _ in self.order.servers)
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Ranks the servers for each key."""
+        return placement_of(self.order.servers)
 
     @cached_property
     def trusted(self) -> frozenset[str]:
@@ -75,58 +98,30 @@ class View:
 
     @cached_property
     def live(self) -> tuple[str, ...]:
-        """The servers that are used, and not out."""
-        return tuple(n for n in self.names if n in self.trusted or self.phase(n) in {IN, FILLING})
+        """The servers of the order that are not out."""
+        return tuple(n for n in self.names if n in self.trusted or self.phase(n) != OUT)
 
     @cached_property
     def leaving(self) -> tuple[str, ...]:
-        """The servers that are only read from: not all nodes name them in SERVERS."""
-        named = set(self.names)
-        return tuple(
-            sorted(
-                s.server
-                for s in self.standings.values()
-                if s.server != ORDER
-                and (s.phase == LEAVING or (s.phase != GONE and s.server not in named))
-            )
-        )
+        """The servers that are only read from: not in the order, and not known to be empty."""
+        names = {s.server for s in self.standings.values() if s.phase != GONE}
+        return tuple(sorted(names - {*self.names, ORDER}))
 
     @cached_property
     def is_whole(self) -> bool:
         """Each server has all of its sessions, and no other has any."""
-        return self.trusted == self.members and not self.leaving and self.is_in_order
+        return self.trusted == set(self.names) and not self.leaving and self.is_in_order
 
-    @cached_property
-    def order(self) -> str:
-        """The digest of what all sessions are placed by, whichever servers are in."""
-        return _digest([sorted((n, w) for n, w in self.servers if n in self.members), self.copies])
-
-    @cached_property
+    @property
     def is_in_order(self) -> bool:
-        """All sessions were found where this order has them, since it is the order.
-
-        Else a session may also be where an earlier one had it: weights were others, or COPIES.
-        """
-        known = self.standings.get(ORDER)
-        return not self.standings or (known is not None and known.phase == self.order)
+        """All sessions have been found where the order has them, since it is in force."""
+        return self.order.is_kept or not self.standings
 
     @property
     def is_untidy(self) -> bool:
-        """Nothing but a walk through all servers is missing; whoever fills one has it follow."""
-        return not self.is_in_order and not self.leaving and set(self._in_phase(IN)) == self.members
-
-    def order_now(self, now: float) -> Standing:
-        """Return what registers are to say of the order."""
-        known = self.standings.get(ORDER)
-        if known is None:
-            return Standing(ORDER, 1, DISORDER, now)
-        return known if known.phase in {DISORDER, self.order} else known.changed(DISORDER, now)
-
-    @cached_property
-    def members(self) -> frozenset[str]:
-        """The servers that share all sessions, if all of them answer."""
-        used = (name for name in self.names if self.phase(name) in {IN, FILLING, OUT})
-        return self.trusted.union(used)
+        """Nothing but a walk through all servers is missing."""
+        is_each_in = len(self._in_phase(IN)) == len(self.names)
+        return is_each_in and not self.is_in_order and not self.leaving
 
     @cached_property
     def _authorities(self) -> dict[Rank, str]:
@@ -136,12 +131,13 @@ class View:
     @cached_property
     def layout(self) -> Layout:
         """What the homes of each key follow from."""
-        return Layout(self.servers, self.copies, tuple(sorted(self.trusted)))
+        return Layout(self.order.servers, self.copies, tuple(sorted(self.trusted)))
 
     @cached_property
     def digest(self) -> str:
         """What nodes compare that wait for each other."""
-        return _digest([self.order, *(s[:3] for _, s in sorted(self.standings.items()))])
+        said = [self.order, *(s[:3] for _, s in sorted(self.standings.items()))]
+        return blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
 
     @cached_property
     def epoch(self) -> int:
@@ -150,10 +146,15 @@ class View:
 
     def phase(self, server: str) -> str:
         """Return how `server` stands."""
-        if server not in self.names:
-            return LEAVING
         standing = self.standings.get(server)
-        return IN if standing is None else standing.phase
+        if server in self.names:
+            return IN if standing is None else standing.phase
+        return LEAVING if server in self.leaving else GONE
+
+    def since(self, server: str) -> float:
+        """Return since when `server` stands as it does."""
+        standing = self.standings.get(server)
+        return EPOCH if standing is None else standing.since
 
     def homes(self, ranked: Rank) -> tuple[str, ...]:
         """Return the servers that are to hold a key which is `ranked` so; the authority first."""
@@ -176,35 +177,30 @@ class View:
             return False
         return server in trusted_homes(ranked, self.trusted | {server}, self.copies)
 
-    def is_moving(self, ranked: Rank) -> bool:
-        """Tell whether the authority of a key has changed, and a node may not have moved yet."""
+    def is_moving(self, key: str) -> bool:
+        """Tell whether the authority of `key` has changed, and a node may not have moved yet."""
         if not self.past:
             return False
-        now = self.authority(ranked)
-        return any(
-            layout.servers != self.servers or trusted_homes(ranked, layout.trusted, 1) != (now,)
-            for layout in self.past
-        )
+        now = self.layout.homes(key)[:1]
+        return any(layout.homes(key)[:1] != now for layout in self.past)
 
-    def has_moved(self, ranked: Rank) -> bool:
-        """Tell whether the homes of a key are others than when this node settled last."""
-        old = self.settled
-        if old is None or old.servers != self.servers or old.copies != self.copies:
-            return True
-        return trusted_homes(ranked, old.trusted, self.copies) != trusted_homes(
-            ranked, self.trusted, self.copies
-        )
+    def has_moved(self, key: str) -> bool:
+        """Tell whether the homes of `key` are others than when this node settled last."""
+        old, new = self.settled, self.layout
+        return old is None or (old != new and old.homes(key) != new.homes(key))
 
-    def has_changed_hands(self, ranked: Rank) -> bool:
-        """Tell whether another server decides about a key than when this node settled last."""
-        old = self.settled
-        if old is None or old.servers != self.servers:
-            return True
-        return trusted_homes(ranked, old.trusted, 1) != (self.authority(ranked),)
+    def has_changed_hands(self, key: str) -> bool:
+        """Tell whether another server decides about `key` than when this node settled last."""
+        old, new = self.settled, self.layout
+        return old is None or (old != new and old.homes(key)[:1] != new.homes(key)[:1])
 
     def changed_at(self) -> float:
-        """Return when a server changed places last, as its agent's clock had it."""
-        return max((standing.since for standing in self.standings.values()), default=EPOCH)
+        """Return when homes changed last, as the clock had it of the agent who decided that.
+
+        Not when a server was empty, or all were in order: what nodes have written before counts.
+        """
+        moved = (s.since for s in self.standings.values() if s.phase != GONE)
+        return max(moved, default=EPOCH)
 
     def with_standings(self, standings: Standings) -> View:
         """Return this view with other standings; nodes may yet have to move to it."""
@@ -215,7 +211,7 @@ class View:
 
     def begun_late(self) -> View:
         """Return this view of a node that does not know what others come from."""
-        return replace(self, past=(Layout((), 0, ()),))
+        return replace(self, past=(NOWHERE,))
 
     def agreed(self) -> View:
         """Return this view, to which all nodes have moved."""
@@ -236,13 +232,17 @@ class View:
         return replace(self, settled=self.layout, settled_on=self.digest)
 
     def oldest_gap(self) -> float | None:
-        """Return from when on some of SERVERS may have missed something; None if none has."""
-        named = (self.standings[name] for name in self.names if name in self.standings)
-        return min((s.since for s in named if s.phase not in {IN, GONE}), default=None)
+        """Return from when on some server may have missed something; None if none has."""
+        owed = [self.since(name) for name in self.names if self.phase(name) != IN]
+        return min(owed, default=None)
 
-    def left_since(self) -> float:
-        """Return from when on servers that are only read from may have missed something."""
-        return min((self.standings[name].since for name in self.leaving), default=EPOCH)
+    def disorder_since(self) -> float | None:
+        """Return from when on a server may have what another one was to delete; None if none has.
+
+        Because it had that before the order changed, or is leaving.
+        """
+        owed = [self.since(name) for name in self.leaving]
+        return min(owed if self.is_in_order else [*owed, self.since(ORDER)], default=None)
 
     def _in_phase(self, phase: str) -> tuple[str, ...]:
         return tuple(name for name in self.names if self.phase(name) == phase)
@@ -254,12 +254,14 @@ def trusted_homes(ranked: Rank, trusted: Iterable[str], copies: int) -> tuple[st
     return tuple([server for server in ranked if server in among][:copies])
 
 
+NOWHERE: Final = Layout((), 0, ())
+"""A layout that nobody knows: all keys have moved since."""
+
+
 def encode(view: View) -> bytes:
     """Return `view` as the node keeps it."""
     return json.dumps(
         {
-            "servers": view.servers,
-            "copies": view.copies,
             "standings": list(view.standings.values()),
             "past": view.past,
             "settled": view.settled,
@@ -269,32 +271,19 @@ def encode(view: View) -> bytes:
     ).encode()
 
 
-def decode(note: bytes, servers: tuple[tuple[str, float], ...], copies: int) -> View:
-    """Return the view that a node kept, under the settings of today.
-
-    If SERVERS were others then, no node is known to have moved.
-    """
+def decode(note: bytes, wish: Order) -> View:
+    """Return the view that a node kept."""
     kept = json.loads(note)
-    standings = {row[0]: Standing(*row) for row in kept["standings"]}
-    past = tuple(map(_layout, kept["past"]))
-    settled = _layout(kept["settled"]) if kept["settled"] else None
-    before = _layout((kept["servers"], kept["copies"], ()))  # whoever was in: all keys move
-    view = View(
-        servers=servers,
-        copies=copies,
-        standings=standings,
-        past=past,
-        settled=settled,
+    return View(
+        wish=wish,
+        standings={row[0]: Standing(*row) for row in kept["standings"]},
+        past=tuple(map(_layout, kept["past"])),
+        settled=_layout(kept["settled"]) if kept["settled"] else None,
         settled_on=kept["settled_on"],
         agreed_on=kept["agreed_on"],
     )
-    return view if before.servers == servers else replace(view, past=(*past, before))
 
 
 def _layout(kept: Sequence[Any]) -> Layout:
     servers, copies, trusted = kept
     return Layout(tuple((name, weight) for name, weight in servers), copies, tuple(trusted))
-
-
-def _digest(said: Sequence[Any]) -> str:
-    return blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()

@@ -21,7 +21,7 @@ from deferred_sessions.exceptions import StoreUnavailableError
 from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
-from deferred_sessions.servers.listener import Listener
+from deferred_sessions.servers.listener import Listener, Listeners
 from tests.integration.conftest import Outage, created, dirty, row, second_connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -130,6 +130,23 @@ def test_without_listen_the_next_round_does_it(
 ) -> None:
     monkeypatch.setattr(Listener, "_open", lambda self: None)
     session = created(a=1)
+    runtime.agent.start()
+    wait_for(lambda: runtime.store.note("revocations"))
+    Session.objects.all().delete()
+    wait_for(lambda: SessionStore(session.session_key).load() == {})
+    runtime.agent.stop()
+
+
+def test_it_goes_on_if_it_cannot_listen(
+    runtime: Runtime, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else would do what it does, and nobody would be elected in its place."""
+    session = created(a=1)
+
+    def fail(*arguments: Any) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(Listeners, "wait", fail)
     runtime.agent.start()
     wait_for(lambda: runtime.store.note("revocations"))
     Session.objects.all().delete()

@@ -17,7 +17,7 @@ from deferred_sessions.servers import repair_sql
 from deferred_sessions.servers import shelf as shelves
 from deferred_sessions.servers.mender import Mender, Tally
 from deferred_sessions.servers.shelf import Shelf
-from deferred_sessions.servers.standing import FILLING, IN, Standing
+from deferred_sessions.servers.standing import FILLING, IN, ORDER, Standing
 from deferred_sessions.servers.view import View
 from tests.integration.fleets import (
     ALIASES,
@@ -38,8 +38,8 @@ def mender(servers: Servers, *, filling: str = C) -> Mender:  # noqa: F811
     fleet, now = servers.runtime.fleet, time.time()
     phases = {alias: FILLING if alias == filling else IN for alias in ALIASES}
     standings = {alias: Standing(alias, 1, phase, now) for alias, phase in phases.items()}
-    view = View(servers=fleet.weights, copies=1, standings=standings)
-    return Mender(rows(servers), view, fleet.ranked)
+    order = Standing(ORDER, 1, fleet.wish.kept().encoded(), now)
+    return Mender(rows(servers), View(wish=fleet.wish, standings={**standings, ORDER: order}))
 
 
 def rows(servers: Servers) -> Mapping[str, Shelf]:  # noqa: F811
@@ -49,7 +49,7 @@ def rows(servers: Servers) -> Mapping[str, Shelf]:  # noqa: F811
 def misplaced(servers: Servers, count: int) -> list[str]:  # noqa: F811
     """Return keys of sessions that belong on C, and are on A: two at least."""
     keys: list[str] = []
-    ranked = servers.runtime.fleet.ranked
+    ranked = servers.runtime.fleet.view().placement.ranked
 
     def of_a() -> list[str]:  # A is the authority of those that it comes before B for
         return sorted(key for key in keys if ranked(key).index(A) < ranked(key).index(B))

@@ -17,7 +17,7 @@ from deferred_sessions.servers.leases import Leases
 from deferred_sessions.servers.registry import Registry, announce
 from deferred_sessions.servers.rows import Answer
 from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.standing import FILLING, IN, LEAVING, ORDER
+from deferred_sessions.servers.standing import FILLING, IN, LEAVING, ORDER, Order
 from tests.integration.conftest import change, created, forget, record, second_connection
 from tests.integration.fleets import (
     ALIASES,
@@ -45,7 +45,7 @@ def test_a_new_site_begins(servers: Servers) -> None:  # noqa: F811
     for alias in ALIASES:
         register = Registry(SessionServer(alias, owner=str)).read()
         order = register.pop(ORDER)
-        assert order.phase == servers.runtime.fleet.view().order
+        assert Order.decoded(order.phase) == servers.runtime.fleet.wish.kept()
         assert {s.phase for s in register.values()} == {IN}
         assert set(register) == set(ALIASES)
     assert servers.runtime.fleet.is_whole()
@@ -203,7 +203,8 @@ def test_what_is_left_over_from_an_earlier_outage_is_not_served(servers: Servers
     test_it_is_trusted_again(servers)
     session = created_at(servers, A, n=0)
     key = session.session_key
-    stray = next(alias for alias in servers.runtime.fleet.ranked(key or "") if alias != A)
+    ranked = servers.runtime.fleet.view().placement.ranked(key or "")
+    stray = next(alias for alias in ranked if alias != A)
     with connections[A].cursor() as ours, connections[stray].cursor() as theirs:
         columns = "session_key, session_data, expire_date, version, fence, written_at"
         ours.execute(
@@ -229,10 +230,8 @@ def test_a_server_that_leaves_is_still_read(servers: Servers) -> None:  # noqa: 
     sessions = [created_at(servers, alias, n=1) for alias in ALIASES]
     servers.tune(SERVERS=[A, B])
     forget(servers.runtime)
-    assert servers.runtime.fleet.view().leaving == (C,)
-    servers.runtime.agent.beat_once(time.time(), A)
-    servers.runtime.agent.beat_once(time.time(), B)
-    servers.runtime.agent.move_once(time.time())
+    assert servers.runtime.fleet.is_whole()  # it is used until all hosts name it no more
+    servers.beat(2)
     assert servers.runtime.fleet.view().phase(C) == LEAVING
     assert [loaded(session) for session in sessions] == [{"n": 1}] * 3
     other = created_at(servers, A, n=2)

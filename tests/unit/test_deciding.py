@@ -8,7 +8,6 @@ import pytest
 
 from deferred_sessions.servers.deciding import MARGIN, STEADY, Seen, decide
 from deferred_sessions.servers.standing import (
-    DISORDER,
     EPOCH,
     FILLING,
     GONE,
@@ -16,6 +15,7 @@ from deferred_sessions.servers.standing import (
     LEAVING,
     ORDER,
     OUT,
+    Order,
     Standing,
     Standings,
 )
@@ -29,15 +29,17 @@ SLOW = WELL.missed(is_refused=False)
 HUNG = SLOW.missed(is_refused=False)
 
 
-def standings(order: str | None = None, **phases: str) -> dict[str, Standing]:
+def standings(order: str = "abc", **phases: str) -> dict[str, Standing]:
     found = {name: Standing(name, 5, phase, 7.0) for name, phase in phases.items()}
-    order = view(found).order if order is None else order
-    return {**found, ORDER: Standing(ORDER, 5, order, 7.0)}
+    return {**found, ORDER: Standing(ORDER, 5, asked(order).kept().encoded(), 7.0)}
+
+
+def asked(names: str, **weights: float) -> Order:
+    return Order.of({name: weights.get(name, 1.0) for name in names}, 1)
 
 
 def view(known: Standings, names: str = "abc", **weights: float) -> View:
-    servers = tuple((name, weights.get(name, 1.0)) for name in names)
-    return View(servers=servers, copies=1, standings=known)
+    return View(wish=asked(names, **weights), standings=known)
 
 
 def decided(
@@ -68,10 +70,8 @@ def seen(**found: Seen) -> dict[str, Seen]:
         ("in in filling", {"a": REFUSED, "b": REFUSED}, "in in filling"),
         ("out in in", {"a": WELL}, "out in in"),  # not before it has been there for a while
         ("out in in", {"a": WELL._replace(answers=STEADY)}, "filling in in"),
-        ("leaving in in", {}, "filling in in"),  # named again
-        ("leaving in in", {"a": Seen()}, "leaving in in"),  # not before it answers
+        ("leaving in in", {}, "filling in in"),  # somebody else said so of one of the order
         ("gone in in", {}, "filling in in"),
-        ("leaving filling in", {"b": REFUSED}, "filling out in"),
     ],
 )
 def test_transitions(known: str, found: dict[str, Seen], expected: str) -> None:
@@ -104,8 +104,11 @@ def test_a_new_site_begins_when_all_servers_are_there() -> None:
     assert phases(found) == "in in in"
     assert view(found).is_in_order
     used = WELL._replace(has_sessions=True)
-    assert phases(decided({}, seen(b=used), alone=False)) == "gone in gone"
-    assert phases(decided({}, seen(b=used))) == "filling in filling"
+    found = decided({}, seen(b=used))
+    assert phases(found) == "gone in gone"
+    assert view(found).is_in_order
+    assert phases(decided(found, seen(), alone=False)) == "gone in gone"
+    assert phases(decided(found, seen())) == "filling in filling"
 
 
 def test_several_servers_with_sessions_and_no_register() -> None:
@@ -114,44 +117,59 @@ def test_several_servers_with_sessions_and_no_register() -> None:
     assert not view(decided({}, seen(a=used, b=used, c=used))).is_in_order
 
 
+def test_a_server_that_is_to_be_emptied_may_have_all_there_is() -> None:
+    before = view({}, names="a")
+    found = {"a": WELL, "b": WELL._replace(has_sessions=True)}
+    known = decide(before, found, NOW, emptied=["b"], is_unanimous=True)
+    assert (known["a"].phase, known["b"].phase) == (GONE, IN)
+    after = decide(view(known, names="a"), found, NOW, emptied=["b"], is_unanimous=True)
+    assert (after["a"].phase, after["b"].phase) == (FILLING, LEAVING)
+    assert decide(before, {"a": WELL}, NOW, emptied=["b"], is_unanimous=True) == {}
+
+
 def test_servers_added_and_taken_out() -> None:
-    before = standings(a=IN, b=IN, d=IN, e=OUT)
-    found = decided(before, seen(), alone=False)
-    assert phases(found) == "in in gone"
+    """When all nodes want that, and the new one answers."""
+    before = standings("abde", a=IN, b=IN, d=IN, e=OUT)
+    assert decided(before, seen(), alone=False) == {**before, "c": Standing("c", 1, GONE, EPOCH)}
+    assert decided(before, seen(c=Seen()))[ORDER] == before[ORDER]
+    found = decided(before, seen())
+    assert phases(found) == "in in filling"
+    assert found["c"] == Standing("c", 2, FILLING, EPOCH)
     assert found["d"] == Standing("d", 6, LEAVING, NOW - MARGIN)
     assert found["e"] == Standing("e", 6, LEAVING, 7.0)
-    assert decided(found, seen(), alone=False) == found
-    found = decided(found, seen())
-    assert found["c"] == Standing("c", 2, FILLING, EPOCH)
+    order = view(found).order
+    assert (order.places_as(asked("abc")), order.is_kept, found[ORDER].number) == (True, False, 6)
+    assert decided(found, seen()) == found
 
 
-def test_a_server_is_used_while_all_nodes_name_it() -> None:
-    """And nobody goes to and fro while some do not."""
-    whole = standings(a=IN, b=IN, c=IN)
-    gone = decided(whole, seen(), alone=False, names="ab")
-    assert decided(gone, seen(), alone=False) == gone
-    again = decided(gone, seen())
+def test_a_server_is_named_again() -> None:
+    """It may have missed something since it left."""
+    gone = decided(standings(a=IN, b=IN, c=IN), seen(), names="ab")
+    again = decided(gone, seen(), NOW + 60)
     assert phases(again) == "in in filling"
     assert again["c"].since == NOW - MARGIN
 
 
-def test_nodes_that_differ_only_in_a_server_that_is_not_used_have_the_same_homes() -> None:
+def test_nodes_with_other_settings_have_the_same_homes() -> None:
+    """Whatever they ask for, before all ask for the same."""
     whole = standings(a=IN, b=IN, c=IN)
-    gone = decided(whole, seen(), alone=False, names="ab")
-    few, many = view(gone, names="ab"), view(gone)
-    assert few.digest == many.digest
-    assert few.homes(("b", "a")) == many.homes(("c", "b", "a")) == ("b",)
-    assert few.leaving == many.leaving == ("c",)
-    assert view(gone, names="ab", a=2.0).digest != few.digest
+    for more in ({"names": "ab"}, {"names": "abcd"}, {"a": 5.0}):
+        found = decided(whole, {**seen(), "d": WELL}, alone=False, **more)
+        theirs = view(found, **more)  # type: ignore[arg-type]
+        assert [theirs.layout.homes(str(n)) for n in range(50)] == [
+            view(whole).layout.homes(str(n)) for n in range(50)
+        ]
+        assert theirs.is_whole
 
 
 def test_weights_that_change() -> None:
     """Sessions may be anywhere, until a walk has ended under the new ones."""
     whole = standings(a=IN, b=IN, c=IN)
     found = decided(whole, seen(), a=2.0)
-    assert found[ORDER] == Standing(ORDER, 6, DISORDER, NOW)
-    assert decided(found, seen()) == found  # nor after they are as they were
+    assert found[ORDER].number == 6
     assert not view(found).is_whole
+    back = decided(found, seen())
+    assert (back[ORDER].number, view(back).is_whole) == (7, False)
 
 
 def test_an_outage_is_no_disorder() -> None:
@@ -163,7 +181,7 @@ def test_an_outage_is_no_disorder() -> None:
 
 def test_all_that_were_in_have_left() -> None:
     """When they are empty, there is nobody who could fill the others."""
-    found = decided(standings(c=GONE, a=IN), seen(), names="c")
+    found = decided(standings("a", c=GONE, a=IN), seen(), names="c")
     assert (found["c"].phase, found["a"].phase) == (FILLING, LEAVING)
     assert decided(found, seen(), names="c")["c"].phase == FILLING
     emptied = {**found, "a": found["a"].changed(GONE, NOW)}
@@ -172,11 +190,22 @@ def test_all_that_were_in_have_left() -> None:
     assert not view(found, names="c").is_in_order
 
 
-def test_a_server_with_weight_0_that_nobody_knows() -> None:
-    """It may have all there is."""
-    before = view({}, names="a")
-    found = decide(before, seen(), NOW, emptied=["b"], is_unanimous=True)
-    assert (found["a"].phase, found["b"]) == (IN, Standing("b", 1, LEAVING, EPOCH))
+def test_all_are_to_be_filled_and_nobody_is_left() -> None:
+    """After a replacement that was taken back half-way: each may have some."""
+    found = decided(standings("c", a=LEAVING, b=LEAVING, c=FILLING), seen())
+    assert phases(found) == "filling filling filling"
+    found = decided(found, seen())
+    assert phases(found) == "in in in"
+    assert not view(found).is_in_order
+
+
+def test_a_register_of_an_earlier_version() -> None:
+    known = standings(a=IN, b=IN, c=IN)
+    del known[ORDER]
+    found = decided(known, seen(), alone=False)
+    assert phases(found) == "in in in"
+    assert not view(found).is_in_order
+    assert decided(found, seen()) == found
 
 
 def test_phases_are_known() -> None:
