@@ -56,14 +56,10 @@ class FleetMembership:
         return sorted(dead)
 
     def join(self, aliases: Collection[str], now: float) -> None:
-        """Be known on these servers before sessions are taken from them.
-
-        Raises:
-            ServerUnavailableError: One of them was not told.
-        """
-        if self._servers.only is None:
-            for server in self._servers.servers:
-                if server.alias in aliases and not self.at(server.alias).has_joined:
+        """Be known on these servers, as far as they answer, before sessions are taken from them."""
+        for server in self._servers.servers:
+            if server.alias in aliases and not self.at(server.alias).has_joined:
+                with suppress(ServerUnavailableError, RowRefusedError):
                     self.at(server.alias).beat_once(now)
 
     def check_in(self, now: float) -> None:

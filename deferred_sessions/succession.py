@@ -182,7 +182,8 @@ class Succession:
         if not standings or (view is not None and standings == view.standings):
             return False
         after = self._begun(standings, now) if view is None else view.with_standings(standings)
-        self._membership.join(after.live, now)
+        mine = {name for name, _ in after.wish.servers}  # whose hearts beat already
+        self._membership.join(set(after.live) - mine, now)
         # A load under way must not keep what it was given by the view before.
         self._store.set_note(VIEW, encode(after), voids_loads=True)
         self._tell(start.standings, after)
