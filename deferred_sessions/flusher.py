@@ -157,7 +157,7 @@ class Flusher:
             self._forget_expired(now)
         if self._servers.has_gap():
             logger.warning(
-                "A session server is not in: what has expired is deleted when it is back.",
+                "Session servers come or go: what has expired is deleted when all is in order.",
                 extra={"action": "clearing_put_off"},
             )
             return

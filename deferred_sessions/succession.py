@@ -75,6 +75,7 @@ class Succession:
         self._tidied_for = ""
         self._differs_since: float | None = None
         self._has_left_others = False
+        self._has_told = False
 
     # Called by the heart of each server
 
@@ -104,20 +105,25 @@ class Succession:
     def _leave_others(self, server: SessionServer, now: float) -> None:
         """Have the register of a single server say that it is alone, if it knows of others.
 
-        Once, and as long as other nodes live, which may say something else.
+        Once; not while nodes live that use others: those are not followed, and do not follow.
         """
-        if self._has_left_others and not self._membership.others():
+        if self._has_left_others:
             return
         registry, wish = Registry(server), self._servers.wish
         known = registry.read()
-        self._has_left_others, is_news = True, not self._has_left_others
+        self._has_left_others = True
         if ORDER not in known:
             return
+        is_news = bool(self._store.note(VIEW)) or not self._has_told
+        self._has_told = True
         if is_news:
             self._store.set_note(VIEW, b"")  # what stands in it was for several
         rest = [s for name, s in known.items() if name not in {server.alias, ORDER}]
         order = Order.decoded(known[ORDER].phase)
-        if not wish.places_as(order):
+        others = self._membership.others() or []
+        if any(SERVERS in beat.traits for beat in others):
+            self._has_left_others = False
+        elif not wish.places_as(order):
             changed = known[ORDER].changed(wish.after(order).encoded(), now)
             registry.write([changed, *(left(standing, now) for standing in rest)])
         full = sorted(standing.server for standing in rest if standing.phase != GONE)

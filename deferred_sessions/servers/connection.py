@@ -38,12 +38,19 @@ class ServerConnection:
         self.breaker = breaker
         """Refuses to connect for a request just after connecting has failed."""
 
+    @property
+    def is_named(self) -> bool:
+        """DATABASES has it; while hosts with other settings are rolled out, it may not."""
+        return self.alias in connections.settings
+
     def in_transaction(self) -> bool:
         """Tell whether what is written now waits for somebody else's commit.
 
         That of an atomic block, of manual transaction management (`AUTOCOMMIT` off), or
         of a BEGIN that the application sent by itself.
         """
+        if not self.is_named:
+            return False
         connection = connections[self.alias]
         if connection.in_atomic_block:
             return True
@@ -97,6 +104,8 @@ class ServerConnection:
 
         A pool may be empty, because all of its connections wait for what this one is about to do.
         """
+        if not self.is_named:
+            return
         connections[self.alias] = apart = connections[self.alias].copy()
         apart.settings_dict["OPTIONS"].pop("pool", None)
 
@@ -108,7 +117,7 @@ class ServerConnection:
 
     def disconnect(self) -> None:
         """Close this thread's connection, on which a statement may be under way."""
-        connections[self.alias].close()
+        self._connection().close()
 
     @contextmanager
     def visit(self) -> Iterator[None]:
@@ -116,6 +125,9 @@ class ServerConnection:
 
         For work after Django has closed its connections, in a thread that may end.
         """
+        if not self.is_named:
+            yield
+            return
         connection = self._connection()
         was_open = connection.connection is not None
         try:
@@ -162,7 +174,16 @@ class ServerConnection:
             return cursor.execute(statement, parameters).rowcount
 
     def _connection(self) -> BaseDatabaseWrapper:
-        """Return Django's connection, without one that is known to be broken."""
+        """Return Django's connection, without one that is known to be broken.
+
+        Raises:
+            ServerUnavailableError: DATABASES does not name it.
+        """
+        if not self.is_named:
+            raise ServerUnavailableError(
+                f"The session server {self.alias!r} is in use, and DATABASES does not name it: "
+                "name it there until `manage.py rebalancesessions` has emptied it."
+            )
         connection = connections[self.alias]
         raw = connection.connection
         if raw is not None and raw.closed and not connection.in_atomic_block:

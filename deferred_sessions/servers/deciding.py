@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from deferred_sessions.servers.standing import (
+    EPOCH,
     FILLING,
     GONE,
     IN,
@@ -113,7 +114,7 @@ def _order(
 ) -> Standing:
     """Return the order that is in force."""
     if known is None:  # a register of an earlier version
-        return Standing(ORDER, 1, wish.encoded(), now)
+        return Standing(ORDER, 1, wish.unsure().encoded(), now)
     order = Order.decoded(known.phase)
     added = dict(wish.servers).keys() - dict(order.servers)
     if wish.places_as(order) or not is_unanimous or not all(_of(seen, a).answers for a in added):
@@ -147,5 +148,8 @@ def _next(
         standings[other].phase == IN and not _of(seen, other).is_lost for other in others
     )
     if _of(seen, name).is_lost and can_go and any(_of(seen, o).answers for o in others):
-        return it.changed(OUT, now - MARGIN if it.phase == IN else it.since)
+        # Those that are filled are trusted where nobody is in: what is written there counts.
+        is_used = not any(standings[each].phase == IN for each in names)
+        is_new = it.phase == IN or (is_used and it.since == EPOCH)
+        return it.changed(OUT, now - MARGIN if is_new else it.since)
     return it

@@ -72,25 +72,19 @@ class Fleet:
         if note is not None:
             view = self.read(note)
             for alias in (*view.names, *view.leaving):
-                if self._is_known(alias):
-                    self.named(alias)
-        return tuple(self._servers.values())
+                self.named(alias)
+        return tuple(s for s in tuple(self._servers.values()) if self.can_name(s.alias))
 
     def named(self, alias: str) -> SessionServer:
-        """Return the server of this name.
-
-        Raises:
-            ServerUnavailableError: DATABASES of this host does not name it.
-        """
+        """Return the server of this name; one that DATABASES lacks is away."""
         server = self._servers.get(alias)
         if server is None:
-            if not self._is_known(alias):
-                raise ServerUnavailableError(
-                    f"The session server {alias!r} is in use, and DATABASES does not name it. Name "
-                    "it there, until `manage.py rebalancesessions` has emptied it."
-                )
-            server = self._servers[alias] = self._make(alias)
+            server = self._servers.setdefault(alias, self._make(alias))
         return server
+
+    def can_name(self, alias: str) -> bool:
+        """Tell whether DATABASES of this host has this server."""
+        return self._is_known(alias)
 
     def owner(self) -> str:
         """Return the node that writes."""
@@ -224,13 +218,13 @@ class Fleet:
         """Return the servers in use that are not out, as far as DATABASES names them."""
         if self.only is not None:
             return [self.only]
-        return [self.named(alias) for alias in self.view().live if self._can_name(alias)]
+        return [self.named(alias) for alias in self.view().live if self.can_name(alias)]
 
     def leaving(self) -> list[SessionServer]:
         """Return the servers that are only read from, as far as DATABASES still names them."""
         if self.only is not None:
             return []
-        return [self.named(alias) for alias in self.view().leaving if self._can_name(alias)]
+        return [self.named(alias) for alias in self.view().leaving if self.can_name(alias)]
 
     def read(self, note: bytes) -> View:
         """Return the view that a node has noted."""
@@ -269,9 +263,6 @@ class Fleet:
             yield
 
     # Inside
-
-    def _can_name(self, alias: str) -> bool:
-        return alias in self._servers or self._is_known(alias)
 
     def _ask(self) -> View:
         """Return what the servers say themselves, in a process whose node has no agent."""

@@ -87,11 +87,11 @@ DELETED: Final[LiteralString] = """
 """Whether somebody deleted a session here."""
 
 REVOKED: Final[LiteralString] = """
-    SELECT coalesce(max(id), 0)::int8, coalesce(extract(epoch FROM max(made_at)), 0)::float8
+    SELECT coalesce(max(id), 0)::int8
       FROM deferred_sessions_revocation
      WHERE session_key = %b
 """
-"""The number of the last time that somebody deleted or changed a session here, and when."""
+"""The number of the last time that somebody deleted or changed a session here."""
 
 RECORD_DELETION: Final[LiteralString] = """
     WITH recorded AS (

@@ -42,7 +42,6 @@ class Look(NamedTuple):
     copy: Copy | None
     revoked: int
     """The number of the last time that it was revoked there; 0 if it never was."""
-    revoked_at: float
 
     @property
     def is_deleted(self) -> bool:
@@ -73,15 +72,13 @@ class Lookup:
         for server, found in looks.items():
             if found.copy and (latest is None or found.copy.position > latest.position):
                 latest, source = found.copy, server
-        is_deleted = any(found.is_deleted for found in looks.values())
-        if is_deleted and here is None:
-            return
-        if here is not None and latest is not None and _is_dead(latest, looks.values()):
-            remove_as(authority, here)
+        if _is_dead(latest, looks.values()):
+            if here is not None:
+                remove_as(authority, here)
             return
         heard = {server.alias for server in looks}
         self._check(view, key, None if latest is None else latest.written_at, heard)
-        if latest is not None and latest is not here and not is_deleted:
+        if latest is not None and latest is not here:
             copy(authority, latest.columns, latest.owner, latest.written_at)
             # Who deleted it meanwhile has removed this copy, or has said so there or here.
             if any(look(s, key).revoked != looks[s].revoked for s in (authority, source)):
@@ -91,23 +88,28 @@ class Lookup:
     def _check(view: View, key: str, written_at: float | None, heard: set[str]) -> None:
         """Raise if who said nothing may have something later of the session.
 
-        In order only those may that would be homes if all were in, and those that are leaving; in
-        disorder any that has ever been in. Not if fewer than hold each session are in doubt; nor
-        if what was found was written after those had gone away: what is older may be left over
-        from an earlier outage.
+        In order only those may that would be homes if all were in, or have stood in for those, and
+        those that are leaving; in disorder any that has ever been in. Not if fewer than hold each
+        session are in doubt; nor if what was found was written after those had gone away: what is
+        older may be left over from an earlier outage.
         """
-        ranked = view.placement.ranked(key)
-        homes = ranked[: view.copies] if view.is_in_order else ranked
+        homes = view.placement.ranked(key)
+        if view.is_in_order:  # who stood in for others is before them
+            homes = homes[: max(view.copies, homes.index(view.authority(homes)))]
         doubtful = [
             alias
             for alias in homes
-            if not (alias in heard and view.phase(alias) == IN) and view.since(alias) != EPOCH
+            if not (alias in heard and view.phase(alias) == IN)
+            and (view.since(alias) != EPOCH or not view.standings)
         ]
         doubtful += view.leaving
-        silent = [alias for alias in doubtful if alias not in heard]
-        if not silent or len(doubtful) < view.order.surely:
-            return
-        if written_at is None or written_at < min(map(view.since, silent)):
+        may_know = [
+            alias
+            for alias in doubtful
+            if alias not in heard
+            and (written_at is None or view.phase(alias) == IN or view.since(alias) > written_at)
+        ]
+        if may_know and len(doubtful) >= view.order.surely:
             raise SessionAwayError(AWAY)
 
 
@@ -118,8 +120,8 @@ def look(server: SessionServer, key: str) -> Look:
         ServerUnavailableError: It does not answer.
     """
     found = find(server, key)
-    ((revoked, revoked_at),) = server.run(fleet_sql.REVOKED, [key])
-    return Look(found, revoked, revoked_at)
+    ((revoked,),) = server.run(fleet_sql.REVOKED, [key])
+    return Look(found, revoked)
 
 
 def remove_as(server: SessionServer, found: Copy) -> None:
@@ -129,14 +131,14 @@ def remove_as(server: SessionServer, found: Copy) -> None:
     Shelf(server).remove({columns.key[0]: stamp})
 
 
-def _is_dead(latest: Copy, looks: Iterable[Look]) -> bool:
-    """Tell whether somebody ended a session after the latest of it was written.
+def _is_dead(latest: Copy | None, looks: Iterable[Look]) -> bool:
+    """Tell whether somebody deleted a session, of which this is the latest.
 
-    Not of one that was changed in PostgreSQL, because it was revoked for that, too.
+    Not one that was changed in PostgreSQL, because it was revoked for that, too. When that was
+    does not matter: a key is never used again.
     """
-    if latest.columns.version[0] >= CHANGED:
-        return False
-    return any(found.is_deleted and found.revoked_at > latest.written_at for found in looks)
+    is_changed = latest is not None and latest.columns.version[0] >= CHANGED
+    return not is_changed and any(found.is_deleted for found in looks)
 
 
 def positions(server: SessionServer, keys: Sequence[str]) -> dict[str, Position]:

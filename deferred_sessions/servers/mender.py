@@ -7,10 +7,12 @@ back from nowhere: whoever was deleted while its row was on the way is removed w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
-from deferred_sessions.servers.shelf import CHANGED, Shelf, Stamp
+from deferred_sessions.servers.shelf import Shelf, Stamp
+from deferred_sessions.servers.standing import IN
 from deferred_sessions.servers.view import Rank, View
 
 MARGIN: Final = 600.0  # seconds by which the clocks of two servers may differ
@@ -164,8 +166,7 @@ class Mender:
     ) -> set[str]:
         """Return whose row is missing at the authority, because it was deleted or has expired.
 
-        In disorder, also who was deleted elsewhere: where it had been before. A row that somebody
-        changed in PostgreSQL was revoked for that, which is no deletion.
+        In disorder, also who was deleted elsewhere: where it had been before.
         """
         dead: set[str] = set()
         for authority, keys in _grouped(page, lambda key: homes[key][0]).items():
@@ -173,12 +174,12 @@ class Mender:
                 continue
             missing = self._shelves[authority].missing(keys)
             dead |= {key for key in missing if page[key].expires_at <= now}
-            dead |= self._shelves[authority].ended({key: page[key] for key in missing})
+            since = self._view.since(authority) if self._view.phase(authority) == IN else math.inf
+            dead |= self._shelves[authority].ended({key: page[key] for key in missing}, since)
         if not self._view.is_in_order:
-            own = {key: stamp for key, stamp in page.items() if stamp.version < CHANGED}
             for alias in self._shelves.keys() - {source}:
-                missing = self._shelves[alias].missing(own)
-                dead |= self._shelves[alias].ended_since({key: own[key] for key in missing})
+                missing = self._shelves[alias].missing(page)
+                dead |= self._shelves[alias].ended_since({key: page[key] for key in missing})
         return dead
 
     def _without_row(self, keys: Iterable[str]) -> set[str]:

@@ -92,16 +92,18 @@ ENDED: Final[LiteralString] = """
                     WHERE session_key = ANY(%b::text[]))
         OR to_timestamp(written_at) < (SELECT max(made_at)
                                          FROM deferred_sessions_revocation
-                                        WHERE session_key IS NULL)
+                                        WHERE session_key IS NULL
+                                          AND made_at > to_timestamp(%b::float8))
 """
 """Which of these sessions, that have no row here, somebody ended; with when they were written,
-because who empties the table does not mean what comes later."""
+because who empties the table does not mean what comes later; nor what was elsewhere before that
+time."""
 
 ENDED_SINCE: Final[LiteralString] = """
     SELECT DISTINCT key
       FROM unnest(%b::text[], %b::float8[]) AS asked (key, written_at)
       JOIN deferred_sessions_revocation AS revocation
-        ON (revocation.session_key = key OR revocation.session_key IS NULL)
+        ON revocation.session_key = key
        AND revocation.made_at > to_timestamp(written_at)
 """
 """Which of these, that have no row here, somebody ended after they were written as they are."""

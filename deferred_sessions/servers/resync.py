@@ -95,6 +95,8 @@ class Resync:
             ServerUnavailableError, RowLockedError: The page is done the next time.
         """
         view = self._fleet.view()
+        if not all(map(self._fleet.can_name, view.live)):
+            return None  # another host can
         for server in self._unfinished(view, leaving=leaving):
             progress = self._go_on(server, view, now)
             if progress is not None:
@@ -117,7 +119,7 @@ class Resync:
             server = next((n for n in view.names if view.phase(n) == IN), view.names[0])
             self._server(server).change(sql.BEGIN, [UNTIDY, server])
 
-    def give_up(self, server: str, now: float) -> bool:
+    def give_up(self, server: str) -> bool:
         """Have nobody look on a server that is leaving any more; return whether it was.
 
         What only that one has is lost.
@@ -128,8 +130,9 @@ class Resync:
         view = self._fleet.view()
         if server not in view.leaving:
             return False
+        known = view.standings[server]
         for each in self._fleet.live():
-            Registry(each).write([view.standings[server].changed(GONE, now)])
+            Registry(each).write([known.changed(GONE, known.since)])
         return True
 
     def check(self, now: float) -> Iterator[tuple[str, Tally]]:
@@ -177,6 +180,7 @@ class Resync:
         position = Position.decoded(claimed[0][0])
         if position.view != view.digest:
             if not view.is_agreed:
+                mine.change(sql.LEAVE, [claimed[0][0], server, number, me])
                 return None
             position = Position(view.digest)
         position = self._do_page(server, view, position, now)
@@ -228,7 +232,8 @@ class Resync:
             message, extra = EMPTIED, {"action": "server_emptied"}
         else:
             self._tell_of_order(view)
-            mine.change(sql.LEAVE, ["", server, number, me])
+            is_over = self._fleet.view().digest == view.digest
+            mine.change(sql.LEAVE, ["" if is_over else UNTIDY, server, number, me])
             message, extra = TIDIED, {"action": "servers_in_order"}
         extra["server"] = server
         logger.warning(message, server, looked_at, copied, removed, extra=extra)

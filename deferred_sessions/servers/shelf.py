@@ -6,6 +6,7 @@ there; a repeated transfer does nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
@@ -121,16 +122,20 @@ class Shelf:
         asked = sorted(keys)
         return {key for (key,) in self.server.ask(sql.MISSING, [asked])} if asked else set()
 
-    def ended(self, stamps: Mapping[str, Stamp]) -> set[str]:
-        """Return those of these sessions, which have no row here, that somebody ended."""
-        keys = sorted(stamps)
+    def ended(self, stamps: Mapping[str, Stamp], since: float = math.inf) -> set[str]:
+        """Return those of these sessions, which have no row here, that somebody ended.
+
+        By emptying the table only if that was after `since`: before, it had none of them. Not
+        those that somebody changed in PostgreSQL, because they were revoked for that, too.
+        """
+        keys = sorted(key for key, stamp in stamps.items() if stamp.version < CHANGED)
         written = [stamps[key].written_at for key in keys]
-        rows = self.server.ask(sql.ENDED, [keys, written, keys]) if keys else []
+        rows = self.server.ask(sql.ENDED, [keys, written, keys, since]) if keys else []
         return {key for (key,) in rows}
 
     def ended_since(self, stamps: Mapping[str, Stamp]) -> set[str]:
         """Return those of them that somebody ended after they were written."""
-        keys = sorted(stamps)
+        keys = sorted(key for key, stamp in stamps.items() if stamp.version < CHANGED)
         written = [stamps[key].written_at for key in keys]
         rows = self.server.ask(sql.ENDED_SINCE, [keys, written]) if keys else []
         return {key for (key,) in rows}

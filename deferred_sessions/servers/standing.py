@@ -83,6 +83,10 @@ class Order(NamedTuple):
         """Return it when all sessions are where they belong."""
         return self._replace(is_kept=True, least=0)
 
+    def unsure(self) -> Order:
+        """Return it as one of which nobody knows what was before."""
+        return self._replace(is_kept=False, least=1)
+
     def after(self, before: Order) -> Order:
         """Return it when it takes the place of another."""
         least = min(before.surely, self.copies)
@@ -110,8 +114,7 @@ def founded(has_sessions: Mapping[str, bool], wish: Order, now: float) -> dict[s
     weights, order = dict(wish.servers), wish
     if used:
         order = Order.of({s: weights.get(s, 1.0) for s in used}, min(wish.copies, len(used)))
-    if len(used) <= 1:
-        order = order.kept()
+    order = order.kept() if len(used) <= 1 else order.unsure()
     names = dict(order.servers)
     found = {s: Standing(s, 1, IN, now) if s in names else _added(s) for s in has_sessions}
     return {**found, ORDER: Standing(ORDER, 1, order.encoded(), now)}

@@ -69,7 +69,7 @@ class View:
     def order(self) -> Order:
         """By what sessions are placed."""
         known = self.standings.get(ORDER)
-        return self.wish if known is None else Order.decoded(known.phase)
+        return self.wish.unsure() if known is None else Order.decoded(known.phase)
 
     @cached_property
     def copies(self) -> int:
@@ -115,7 +115,7 @@ class View:
     @property
     def is_in_order(self) -> bool:
         """All sessions have been found where the order has them, since it is in force."""
-        return self.order.is_kept or not self.standings
+        return self.order.is_kept
 
     @property
     def is_untidy(self) -> bool:

@@ -21,9 +21,10 @@ from deferred_sessions.backend import SessionStore
 from deferred_sessions.conf import get_settings
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
+from deferred_sessions.servers.placement import Placement
 from deferred_sessions.servers.registry import announce
 from deferred_sessions.servers.standing import FILLING
-from tests.integration.conftest import change, created
+from tests.integration.conftest import change, created, forget
 from tests.plugins.postgres import database_url
 
 ALIASES = ("sessions_a", "sessions_b", "sessions_c")
@@ -230,6 +231,16 @@ def stand(servers: Servers, alias: str, phase: str) -> None:
     servers.beat(2)
     assert servers.runtime.fleet.view().is_agreed
     assert servers.runtime.fleet.view().phase(alias) == phase
+
+
+def moving(servers: Servers, weights: dict[str, Any], **values: Any) -> SessionStore:
+    """Return a session that belongs elsewhere by these weights, and that no memory has."""
+    later = Placement(weights)
+    while True:
+        session = created(**values)
+        if later.ranked(session.session_key or "")[0] != servers.authority(session.session_key):
+            forget(servers.runtime)
+            return session
 
 
 def repair(servers: Servers, *, leaving: bool = False) -> None:

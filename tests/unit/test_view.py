@@ -198,7 +198,7 @@ def test_another_order_than_before() -> None:
 
 def test_settings_count_while_nothing_is_known() -> None:
     seen = View(wish=Order(WEIGHTS, 2), standings={})
-    assert (seen.names, seen.copies, seen.is_in_order) == (NAMES, 2, True)
+    assert (seen.names, seen.copies, seen.is_in_order) == (NAMES, 2, False)
 
 
 def test_when_homes_changed_last() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from argparse import ArgumentParser
 from typing import Any
 
@@ -39,9 +38,12 @@ class Command(RepairCommand):
             super().handle(**options)
             return
         try:
-            is_done = runtime_of_several().resync.give_up(options["lost"], time.time())
+            is_done = runtime_of_several().resync.give_up(options["lost"])
         except DeferredSessionsError as error:
             raise CommandError(f"Run it again: {error}") from error
         if not is_done:
             raise CommandError(f"{options['lost']} is not one that leaves; nothing was done.")
-        self.stdout.write(f"Nobody looks for sessions on {options['lost']} any more.")
+        self.stdout.write(
+            f"Nobody looks for sessions on {options['lost']} any more. Should it come back, empty "
+            "its tables before you name it again."
+        )
