@@ -155,7 +155,7 @@ def test_several_servers(settings: Any) -> None:
     """W021, that only one of them is used, has had its day."""
     settings.DEFERRED_SESSIONS = {"SERVERS": {"default": 1, "other": 2}}
     assert "deferred_sessions.W021" not in ids()
-    assert [server.alias for server in get_runtime().fleet.servers] == ["default", "other"]
+    assert get_runtime().fleet.wish.servers == (("default", 1.0), ("other", 2.0))
     assert get_settings().server_deadline == 5.0
     settings.DEFERRED_SESSIONS = {"SERVERS": ["default", "other"], "SERVER_TIMEOUT": 1.5}
     assert get_settings().server_deadline == 1.5
