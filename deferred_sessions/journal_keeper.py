@@ -6,6 +6,7 @@ no change from before the swap is missing in PostgreSQL; what stands in the way 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from deferred_sessions.memory.journal import Journal
@@ -40,6 +41,7 @@ class JournalKeeper:
         if journal is None or not self._store.exists():
             return
         self._store.open()
+        began = time.monotonic()
         with self._lock.held(wait=False) as is_held:
             if not is_held:
                 return
@@ -52,7 +54,8 @@ class JournalKeeper:
                 self._reset_if_done(journal)
             if not journal.retired():
                 journal.prepare()
-                self._store.swap_journal(now)
+                # Whose last save is older than the swap, but not than `now`, must not be missed.
+                self._store.swap_journal(now + (time.monotonic() - began))
 
     def _is_time(self, journal: Journal, now: float) -> bool:
         is_old = now - journal.swapped_at() >= self._age and not journal.is_empty()

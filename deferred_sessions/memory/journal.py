@@ -101,7 +101,7 @@ class Journal:
         self._sync_file(self._descriptors[active], synced, position)
         words[_SYNCED + other] = HEADER_SIZE
         words[_POSITION + other] = HEADER_SIZE
-        words[_SWAPPED_AT] = int(now * 1e6)
+        words[_SWAPPED_AT] = int(now * 1e6) + 1  # later than what was saved before
         words[_GENERATION] = generation + 1
 
     # At any time

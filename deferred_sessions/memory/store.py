@@ -85,9 +85,16 @@ class HostStore(Transactions):
             self.journal.wait(now)
 
     def swap_journal(self, now: float) -> None:
-        """Go on in the other log of the journal, between two changes."""
+        """Go on in the other log of the journal, between two changes.
+
+        It is `now` when this is called; what is saved before the swap is older than the swap.
+        """
         if self.journal is not None:
-            self._write(lambda _txn, _dbs, journal: journal.swap(now), self.journal)
+            began = time.monotonic()
+            self._write(
+                lambda _txn, _dbs, journal: journal.swap(now + (time.monotonic() - began)),
+                self.journal,
+            )
 
     # Records
 
