@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Final
 
 from django.core.exceptions import ImproperlyConfigured
-from django.db import connections
 
 from deferred_sessions.conf import Settings
 from deferred_sessions.fleet_membership import FleetMembership
@@ -75,7 +74,6 @@ def build_session_servers(
         copies=settings.copies,
         emptied=settings.emptied,
         make=partial(SessionServer, owner=owner, timeout=timeout),
-        is_known=lambda alias: alias in connections.settings,
         note=partial(_view, store, pulse),
     )
 

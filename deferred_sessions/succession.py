@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Final
 
@@ -70,7 +71,7 @@ class Succession:
         self._pulse = pulse
         self._clock = clock
         self._lock = threading.Lock()  # around what the hearts tell
-        self._seen: dict[str, Seen] = {}
+        self._seen: defaultdict[str, Seen] = defaultdict(Seen)
         self._settled_at = 0.0
         self._tidied_for = ""
         self._differs_since: float | None = None
@@ -96,7 +97,7 @@ class Succession:
         except DeferredSessionsError:
             was_quick = self._clock() - began < AT_ONCE
             with self._lock:
-                seen = self._seen.get(alias, Seen())
+                seen = self._seen[alias]
                 is_refused = was_quick and membership.server.breaker.is_broken
                 self._seen[alias] = seen.missed(is_refused=is_refused)
             raise
@@ -114,8 +115,7 @@ class Succession:
         self._has_left_others = True
         if ORDER not in known:
             return
-        is_news = bool(self._store.note(VIEW)) or not self._has_told
-        self._has_told = True
+        is_news, self._has_told = not self._has_told, True
         if is_news:
             self._store.set_note(VIEW, b"")  # what stands in it was for several
         rest = [s for name, s in known.items() if name not in {server.alias, ORDER}]
@@ -144,7 +144,7 @@ class Succession:
         register = registry.read()
         has_sessions = is_used and not register
         with self._lock:
-            seen = self._seen.get(server.alias, Seen())
+            seen = self._seen[server.alias]
             self._seen[server.alias] = seen.heard(register.values(), has_sessions=has_sessions)
         if view is not None:
             known = merged(register.values(), view.standings.values())
@@ -278,7 +278,7 @@ class Succession:
             self._differs_since = self._clock()
             differing = self._differing(self._membership.others() or [])
             with self._lock:
-                silent = [n for n, _ in wish.servers if not self._seen.get(n, Seen()).answers]
+                silent = [n for n, _ in wish.servers if not self._seen[n].answers]
             if not differing and not silent:
                 return
             logger.error(

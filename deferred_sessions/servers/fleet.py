@@ -48,7 +48,6 @@ class Fleet:
         copies: int,
         emptied: Sequence[str] = (),
         make: Callable[[str], SessionServer],
-        is_known: Callable[[str], bool],
         note: Callable[[], bytes | None],
     ) -> None:
         self.wish = Order.of(weights, copies)
@@ -56,7 +55,6 @@ class Fleet:
         self.emptied = tuple(emptied)
         """The servers that are to hold nothing any more."""
         self._make = make
-        self._is_known = is_known
         self._note = note
         self._servers = {alias: make(alias) for alias in (*weights, *emptied)}
         self.first = next(iter(self._servers.values()))
@@ -73,7 +71,7 @@ class Fleet:
             view = self.read(note)
             for alias in (*view.names, *view.leaving):
                 self.named(alias)
-        return tuple(s for s in tuple(self._servers.values()) if self.can_name(s.alias))
+        return tuple(s for s in tuple(self._servers.values()) if s.is_named)
 
     def named(self, alias: str) -> SessionServer:
         """Return the server of this name; one that DATABASES lacks is away."""
@@ -84,7 +82,7 @@ class Fleet:
 
     def can_name(self, alias: str) -> bool:
         """Tell whether DATABASES of this host has this server."""
-        return self._is_known(alias)
+        return self.named(alias).is_named
 
     def owner(self) -> str:
         """Return the node that writes."""

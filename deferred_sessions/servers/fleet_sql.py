@@ -76,16 +76,6 @@ FIND: Final[LiteralString] = """
 """
 """One session, to be copied to where it belongs."""
 
-DELETED: Final[LiteralString] = """
-    SELECT EXISTS (SELECT 1
-                     FROM deferred_sessions_revocation AS revocation
-                    WHERE revocation.session_key = %b
-                      AND NOT EXISTS (SELECT 1
-                                        FROM deferred_sessions_session AS stored
-                                       WHERE stored.session_key = revocation.session_key))
-"""
-"""Whether somebody deleted a session here."""
-
 REVOKED: Final[LiteralString] = """
     SELECT coalesce(max(id), 0)::int8
       FROM deferred_sessions_revocation

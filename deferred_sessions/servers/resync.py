@@ -107,7 +107,7 @@ class Resync:
         """Return how far the repair of each server is that is not finished."""
         found = []
         for server in self._unfinished(self._fleet.view(), leaving=leaving):
-            rows = self._server(server).run(sql.PENDING, [server])
+            rows = self._fleet.named(server).run(sql.PENDING, [server])
             position = Position.decoded(rows[0][1]) if rows else Position()
             found.append(Progress(server, position.tally))
         return found
@@ -117,7 +117,7 @@ class Resync:
         view = self._fleet.view()
         if not self._untidy(view):
             server = next((n for n in view.names if view.phase(n) == IN), view.names[0])
-            self._server(server).change(sql.BEGIN, [UNTIDY, server])
+            self._fleet.named(server).change(sql.BEGIN, [UNTIDY, server])
 
     def give_up(self, server: str) -> bool:
         """Have nobody look on a server that is leaving any more; return whether it was.
@@ -165,11 +165,11 @@ class Resync:
         """Return which servers, if all are in, came in since all was put in order."""
         if self._fleet.only or any(view.phase(server) != IN for server in view.names):
             return []
-        return [name for name in view.names if self._server(name).run(sql.PENDING, [name])]
+        return [name for name in view.names if self._fleet.named(name).run(sql.PENDING, [name])]
 
     def _go_on(self, server: str, view: View, now: float) -> Progress | None:
         """Do the next pages for this server; None if another node does, or it is too early."""
-        mine = self._server(server)
+        mine = self._fleet.named(server)
         number, me = view.standings[server].number, self._me()
         if server in view.leaving:
             Registry(mine).write([view.standings[server]])  # no heart tells it any more
@@ -218,7 +218,7 @@ class Resync:
 
     def _finish(self, server: str, view: View, position: Position, now: float) -> None:
         """Take note that all is done for this server."""
-        mine, me, number = self._server(server), self._me(), view.standings[server].number
+        mine, me, number = self._fleet.named(server), self._me(), view.standings[server].number
         looked_at, copied, removed = position.tally
         if server in view.filling:
             self._tell(view.standings[server].changed(IN, now))
@@ -240,7 +240,7 @@ class Resync:
 
     def _tell(self, standing: Standing) -> None:
         """Tell all servers how one stands, that one first."""
-        Registry(self._server(standing.server)).write([standing])
+        Registry(self._fleet.named(standing.server)).write([standing])
         for server in self._fleet.live():
             if server.alias != standing.server:
                 with suppress(ServerUnavailableError):  # it hears of it from the others
@@ -259,10 +259,7 @@ class Resync:
 
     def _shelves(self, view: View) -> dict[str, Shelf]:
         """Return the rows of all servers that answer."""
-        return {name: Shelf(self._server(name)) for name in (*view.live, *self.leaving())}
-
-    def _server(self, name: str) -> SessionServer:
-        return self._fleet.named(name)
+        return {name: Shelf(self._fleet.named(name)) for name in (*view.live, *self.leaving())}
 
     def _release_if_dead(self, server: SessionServer) -> None:
         """Have nobody wait for a process of this node that repairs no more."""

@@ -212,7 +212,7 @@ def test_deletions_are_kept_for_a_server_that_left(servers: Servers) -> None:  #
 
     def kept(later: float) -> bool:
         servers.runtime.revocations.prune(time.time() + later)
-        return bool(server.run(fleet_sql.DELETED, [session.session_key])[0][0])
+        return bool(server.run(fleet_sql.REVOKED, [session.session_key])[0][0])
 
     assert kept(3 * day)
     assert kept(25 * day)
