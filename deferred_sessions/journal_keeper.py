@@ -6,7 +6,6 @@ no change from before the swap is missing in PostgreSQL; what stands in the way 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from deferred_sessions.memory.journal import Journal
@@ -41,7 +40,6 @@ class JournalKeeper:
         if journal is None or not self._store.exists():
             return
         self._store.open()
-        began = time.monotonic()
         with self._lock.held(wait=False) as is_held:
             if not is_held:
                 return
@@ -54,16 +52,12 @@ class JournalKeeper:
                 self._reset_if_done(journal)
             if not journal.retired():
                 journal.prepare()
-                # Whose last save is older than the swap, but not than `now`, must not be missed.
-                self._store.swap_journal(now + (time.monotonic() - began))
+                self._store.swap_journal(now)
 
     def _is_time(self, journal: Journal, now: float) -> bool:
         is_old = now - journal.swapped_at() >= self._age and not journal.is_empty()
         return journal.is_large() or is_old
 
     def _reset_if_done(self, journal: Journal) -> None:
-        if not journal.retired():
-            return
-        oldest = self._store.oldest_change()
-        if oldest is None or oldest > journal.swapped_at():
+        if journal.retired() and not self._store.needs_log(journal.generation() - 1):
             journal.reset()

@@ -17,7 +17,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import lmdb
 
@@ -34,9 +34,17 @@ from deferred_sessions.record import FORMAT
 IN_USE_FILE: Final = "in-use.lock"
 MAX_READERS: Final = 4096  # threads of all processes that read at the same instant
 SEED_SIZE: Final = 1 << 20  # bytes; the map with which a new file is laid out
+LAYOUT: Final = f"{FORMAT}.1"  # of the records, and of what stands in the indexes
 
 
-Log = Callable[[bytes, bytes], object]
+class Log(Protocol):
+    """Takes each record that PostgreSQL may lack, within the transaction that puts it."""
+
+    def append(self, name: bytes, data: bytes) -> None:
+        """Write a record down."""
+
+    def generation(self) -> int:
+        """Return the number of the log that takes the next one; it changes between changes."""
 
 
 class Databases(NamedTuple):
@@ -46,7 +54,7 @@ class Databases(NamedTuple):
     records: lmdb._Database
     """session key -> record"""
     due: lmdb._Database
-    """due time, session key -> time of the first unsaved change; dirty records only"""
+    """due time, session key -> since when, and from which log on; dirty records only"""
     used: lmdb._Database
     """kind, minute of last use -> starts of session keys; see `indexes`"""
     notes: lmdb._Database
@@ -56,7 +64,6 @@ class Databases(NamedTuple):
     in_use: int
     """Descriptor of the shared lock that tells others the map is in use."""
     log: Log | None
-    """Takes each record that PostgreSQL may lack, within the transaction that puts it."""
 
 
 Recover = Callable[[Databases], Log]
@@ -172,7 +179,7 @@ class MappedFile:
             notes = env.open_db(b"notes")
             with env.begin(write=True) as txn:
                 txn.put(b"identity", self._identity.encode(), db=notes)
-                txn.put(b"layout", str(FORMAT).encode(), db=notes)
+                txn.put(b"layout", LAYOUT.encode(), db=notes)
                 txn.put(b"incarnation", secrets.token_hex(8).encode(), db=notes)
             for name in (b"records", b"due"):
                 env.open_db(name)
@@ -218,10 +225,10 @@ class MappedFile:
                 f"{self._identity!r}. Give each project and database its own "
                 "DEFERRED_SESSIONS['DIRECTORY']."
             )
-        if layout != str(FORMAT):
+        if layout != LAYOUT:
             raise RecordCorruptError(
                 f"The session store in {self.directory} has layout {layout or '?'}; this "
-                f"version reads layout {FORMAT}. Flush it with the version that wrote it "
+                f"version reads layout {LAYOUT}. Flush it with the version that wrote it "
                 "(manage.py flushsessions --all), then remove the directory."
             )
         records, due = map(env.open_db, (b"records", b"due"))

@@ -25,7 +25,9 @@ DUE: Final = struct.Struct(">Q")  # microseconds; big-endian sorts by time
 USED: Final = struct.Struct(">BI")  # kind, grains of time
 GRAIN: Final = 60.0  # seconds: how exactly eviction knows who was used before whom
 START: Final = 12  # bytes of a key; LMDB wants all values of such an index to be of one size
-SINCE: Final = struct.Struct("<d")
+WAITING: Final = struct.Struct("<dI")
+"""What stands in `due`: when the first change was that PostgreSQL lacks, 0 if it only lacks an
+expiry; and the generation of a log such that this log, or a later one, has the record."""
 TOMBSTONES, SESSIONS = 0, 1  # kinds of the used index
 _FAR: Final = 1e12  # seconds
 
@@ -58,8 +60,9 @@ def reindex(
             return  # due at the same time, changed since the same time
         txn.delete(due_entry(before.due_at, before.key), db=dbs.due)
     if after is not None and after.flags & DIRTY:
-        since = SINCE.pack(after.changed_at)
-        txn.put(due_entry(after.due_at, after.key), since, db=dbs.due)
+        generation = 0 if dbs.log is None else dbs.log.generation()
+        waiting = WAITING.pack(after.changed_at, generation)
+        txn.put(due_entry(after.due_at, after.key), waiting, db=dbs.due)
 
 
 def due_entry(due_at: float, key: str) -> bytes:

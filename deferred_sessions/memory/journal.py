@@ -101,16 +101,19 @@ class Journal:
         self._sync_file(self._descriptors[active], synced, position)
         words[_SYNCED + other] = HEADER_SIZE
         words[_POSITION + other] = HEADER_SIZE
-        words[_SWAPPED_AT] = int(now * 1e6) + 1  # later than what was saved before
+        words[_SWAPPED_AT] = int(now * 1e6)
         words[_GENERATION] = generation + 1
 
     # At any time
 
+    def generation(self) -> int:
+        """Return the number of the active log; it grows by one with each swap."""
+        return (self._words or self._map())[_GENERATION]
+
     def position(self) -> tuple[int, int]:
         """Return where the next record goes: the log's generation, and its offset."""
-        words = self._map_words()
-        generation = words[_GENERATION]
-        return generation, words[_POSITION + (generation & 1)]
+        generation = self.generation()
+        return generation, self._map_words()[_POSITION + (generation & 1)]
 
     def sync(self, now: float) -> None:
         """Have on disk what the active log was told until now.

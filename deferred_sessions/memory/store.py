@@ -85,16 +85,16 @@ class HostStore(Transactions):
             self.journal.wait(now)
 
     def swap_journal(self, now: float) -> None:
-        """Go on in the other log of the journal, between two changes.
-
-        It is `now` when this is called; what is saved before the swap is older than the swap.
-        """
+        """Go on in the other log of the journal, between two changes."""
         if self.journal is not None:
-            began = time.monotonic()
-            self._write(
-                lambda _txn, _dbs, journal: journal.swap(now + (time.monotonic() - began)),
-                self.journal,
-            )
+            self._write(lambda _txn, _dbs, journal: journal.swap(now), self.journal)
+
+    def needs_log(self, generation: int) -> bool:
+        """Tell whether only this log of the journal, or an older one, may have some change.
+
+        Looks at the index entries of dirty records until it finds one.
+        """
+        return self._read(tables.is_needed, generation)
 
     # Records
 
@@ -325,4 +325,4 @@ class HostStore(Transactions):
 def _recovered(journal: Journal, dbs: Databases) -> Log:
     """Have in the store what its journal has; return what logs its changes."""
     recover_if_new(journal, dbs, time.time())
-    return journal.append
+    return journal

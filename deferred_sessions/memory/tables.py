@@ -38,6 +38,7 @@ FULL: Final = (
     "flusher running? Otherwise raise DEFERRED_SESSIONS['STORE_SIZE']."
 )
 _REMOVALS: Final = b"removals"  # note: transactions that removed something, 64 bits
+NO_LOG: Final = bytes(4)  # instead of a generation: whichever log has it
 MAX_BATCH: Final = 8 << 20  # bytes of records at once: a flush must fit into memory
 
 
@@ -111,7 +112,7 @@ def update(
             raise StoreFullError(FULL)
         txn.put(name, new_data)
         if dbs.log is not None and after.flags & DIRTY:
-            dbs.log(name, new_data)
+            dbs.log.append(name, new_data)
     if before is None or after is None or indexes.has_moved(before, after):
         indexes.reindex(txn, dbs, before, after)
     return before, after
@@ -182,7 +183,7 @@ def restore(
     )
     for database, items in (
         (dbs.records, records),
-        (dbs.due, [(due + name, data[CHANGED_AT]) for name, data in records]),
+        (dbs.due, [(due + name, data[CHANGED_AT] + NO_LOG) for name, data in records]),
         (dbs.used, list(sessions)),
         (dbs.used, list(tombstones)),
     ):
@@ -311,8 +312,16 @@ def dirty_names(txn: lmdb.Transaction, dbs: Databases) -> Iterator[bytes]:
 
 def oldest_change(txn: lmdb.Transaction, dbs: Databases) -> float | None:
     """Return the time of the oldest payload change among the dirty records."""
-    values = txn.cursor(dbs.due).iternext(keys=False)
-    return min((since for (since,) in map(indexes.SINCE.unpack, values) if since), default=None)
+    return min((since for since, _ in _waiting(txn, dbs) if since), default=None)
+
+
+def is_needed(txn: lmdb.Transaction, dbs: Databases, generation: int) -> bool:
+    """Tell whether this log, or an older one, may be the only one that has a dirty record."""
+    return any(since <= generation for _, since in _waiting(txn, dbs))
+
+
+def _waiting(txn: lmdb.Transaction, dbs: Databases) -> Iterator[tuple[float, int]]:
+    return map(indexes.WAITING.unpack, txn.cursor(dbs.due).iternext(keys=False))
 
 
 def used_pages(txn: lmdb.Transaction, dbs: Databases) -> int:

@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -26,66 +25,14 @@ from deferred_sessions.memory.log_file import HEADER_SIZE, Header
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.record import SessionRecord
 from tests.unit import records
+from tests.unit.hosts import MIB, Host
 from tests.unit.records import POLICY, key, save
 
 logger = logging.getLogger(__name__)  # its figures: pytest --log-cli-level=INFO
 
 NOW = time.time()
-MIB = 1 << 20
 FORK = multiprocessing.get_context("fork")
 SALT = b"s" * 16
-
-
-class Host:
-    """A host with a journal; it can lose its memory."""
-
-    def __init__(self, place: Path, *, size: int = MIB, identity: str = "tests") -> None:
-        self.place = place
-        self.size = size
-        self.identity = identity
-        self.store = self._start()
-
-    @property
-    def logs(self) -> Path:
-        return self.place / "journal"
-
-    @property
-    def journal(self) -> Journal:
-        assert self.store.journal is not None
-        return self.store.journal
-
-    def lose_power(self) -> None:
-        """What a reboot does to shared memory; what was synced is on disk."""
-        self.store.close()
-        shutil.rmtree(self.place / "store")
-        self.store = self._start()
-
-    def records(self) -> dict[str, SessionRecord]:
-        return {record.key: record for record in self.store.scan()}
-
-    def active(self) -> Path:
-        return self.logs / LOGS[self.journal.position()[0] & 1]
-
-    def _start(self, *, store_size: int = 8 * MIB) -> HostStore:
-        journal = Journal(
-            self.logs,
-            store=self.place / "store",
-            size=self.size,
-            sync_interval=0.1,
-            identity=self.identity,
-        )
-        store = HostStore(
-            self.place / "store", size=store_size, identity=self.identity, journal=journal
-        )
-        store.open()
-        return store
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    host = Host(tmp_path)
-    yield host
-    host.store.close()
 
 
 def put(store: HostStore, key: str, *, at: float = NOW, **options: Any) -> SessionRecord:
