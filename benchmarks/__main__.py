@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
@@ -120,6 +121,7 @@ def run(what: Sequence[str], scale: Scale) -> list[str | Plot]:
     goals: list[Goal] = []
     for name in BENCHMARKS:
         if name in what:
+            started = time.monotonic()
             for item in import_module(f"benchmarks.{name}").measure(scale):
                 if isinstance(item, Goal):
                     goals.append(item)
@@ -128,6 +130,7 @@ def run(what: Sequence[str], scale: Scale) -> list[str | Plot]:
                     lines += [str(item), ""]
                 else:
                     lines.append(item)
+            scale.progress(f"{name} took {time.monotonic() - started:.0f} s")
     summary = str(Table("What was to be reached", SUMMARY, [goal.row() for goal in goals]))
     print(summary)
     return [lines[0], lines[1], "", summary, "", *lines[2:]]

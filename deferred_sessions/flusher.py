@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -91,11 +91,12 @@ class Flusher:
             self._store.sweep(now)
             with suppress(ServerUnavailableError):  # the flush itself will say so
                 self._revocations.read_once(now)
-            batches = self._batches(self._horizon(now, everything=everything))
-            if by == POLLER and not everything:
-                batches = self._pace().between(batches)
+            horizon = self._horizon(now, everything=everything)
+            is_patient = by == POLLER and not everything
             report = replace(
-                self._runs(now).stream(batches),
+                self._runs(now).stream(
+                    self._paced(horizon) if is_patient else self._batches(horizon)
+                ),
                 at=now,
                 seconds=time.monotonic() - started,
                 remaining=self._store.status().dirty,
@@ -179,13 +180,15 @@ class Flusher:
         last = self.last_report()
         return 0.0 if last is None else last.polled_at
 
-    def _pace(self) -> Pace:
-        """Return the pace of a run that nobody waits for; who moves to other servers does."""
-        return Pace(
+    def _paced(self, horizon: float) -> Iterator[Sequence[Dirty]]:
+        """Yield batches for a run that nobody waits for; who moves to other servers does."""
+        pace = Pace(
             partial(look, self._counters),
             patience=min(GIVING_WAY, self._policy.interval / 4),
+            batch_size=self._batch_size,
             may_pause=self._servers.is_settled,
         )
+        return pace.between(self._batches(horizon, pace.batch_size))
 
     def _horizon(self, now: float, *, everything: bool) -> float:
         """Return up to which due time to write.
@@ -230,10 +233,12 @@ class Flusher:
                 extra={"action": "flush_stuck"},
             )
 
-    def _batches(self, horizon: float) -> Iterator[Sequence[Dirty]]:
-        """Yield what is due, longest due first, each record once."""
-        after = b""
-        while batch := self._store.due(horizon, limit=self._batch_size, after=after):
+    def _batches(
+        self, horizon: float, size: Callable[[], int] | None = None
+    ) -> Iterator[Sequence[Dirty]]:
+        """Yield what is due, longest due first, each record once; as many at a time as `size`."""
+        after, size = b"", size or (lambda: self._batch_size)
+        while batch := self._store.due(horizon, limit=size(), after=after):
             after = max(dirty.entry for dirty in batch)
             yield batch
 

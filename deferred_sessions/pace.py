@@ -1,4 +1,4 @@
-"""Gives way to requests: between two batches, a poller pauses while processors are short.
+"""Gives way to requests: while processors are short, a poller does little at a time, and pauses.
 
 Called by `flusher` for runs that nobody waits for. Invariant: where processors are free, or no
 requests are served, nothing is waited for; and all pauses of a run have a bound, because others
@@ -24,6 +24,7 @@ T = TypeVar("T")
 SHORT: Final = 0.1  # of the time that a thread was ready to run it had to wait: that is too much
 AS_LONG: Final = 3  # times as long as the batch took: a quarter of a processor is left to a poller
 LONGEST: Final = 0.2  # seconds of one pause
+PART: Final = 8  # of a batch, at a time: what PostgreSQL takes for it, a request may have to wait
 STATISTICS: Final = Path("/proc/thread-self/schedstat")
 
 
@@ -55,6 +56,7 @@ class Pace:
         look: Callable[[], Look],
         *,
         patience: float,
+        batch_size: int,
         may_pause: Callable[[], bool],
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
@@ -62,22 +64,28 @@ class Pace:
         self._may_pause = may_pause
         self._left = patience
         self._sleep = sleep
+        self._batch_size = batch_size
+        self._is_short = False
+
+    def batch_size(self) -> int:
+        """Return how many sessions the next batch is to have."""
+        return -(-self._batch_size // PART) if self._is_short else self._batch_size
 
     def between(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield `batches`; pause after each one where that gives way to requests."""
         before = self._look()
         for batch in batches:
             yield batch
-            pause = self._pause(before, self._look())
-            if pause > 0:
+            now = self._look()
+            self._is_short = self._gives_way(before, now)
+            if self._is_short:
+                pause = min(AS_LONG * (now.at - before.at), LONGEST, self._left)
                 self._left -= pause
                 self._sleep(pause)
             before = self._look()
 
-    def _pause(self, before: Look, now: Look) -> float:
+    def _gives_way(self, before: Look, now: Look) -> bool:
+        """Tell whether requests may have had to wait for what was done between two looks."""
         ran, waited = now.ran - before.ran, now.waited - before.waited
-        if now.served == before.served or waited <= SHORT * (ran + waited):
-            return 0.0
-        if not self._may_pause():
-            return 0.0
-        return min(AS_LONG * (now.at - before.at), LONGEST, self._left)
+        is_short = now.served != before.served and waited > SHORT * (ran + waited)
+        return is_short and self._left > 0 and self._may_pause()

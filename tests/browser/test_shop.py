@@ -11,6 +11,7 @@ from playwright.sync_api import expect
 from tests.browser.conftest import Person, Shop
 
 pytestmark = pytest.mark.django_db(transaction=True)
+PATIENCE = 200  # clicks
 
 
 def test_a_cart_fills_across_workers_and_outlives_the_login(
@@ -19,14 +20,16 @@ def test_a_cart_fills_across_workers_and_outlives_the_login(
     visitor = person()
     page = visitor.go("/")
     workers: set[str] = set()
-    for number in range(1, 13):
+    number = 0
+    while len(workers) < 2 and number < PATIENCE:  # which of them is asked, the kernel decides
+        number += 1
         page.get_by_label("Add Reading lamp to the cart").click()
         expect(page.locator(".cart h2 .badge")).to_have_text(str(number))
         workers.add(page.locator("[data-worker]").inner_text())
-    assert len(workers) > 1
+    assert len(workers) == 2
     visitor.log_in("ann")
     expect(page.locator(".who")).to_have_text("ann")
-    expect(page.locator(".cart h2 .badge")).to_have_text("12")
+    expect(page.locator(".cart h2 .badge")).to_have_text(str(number))
     page.get_by_role("button", name="Buy").click()
     expect(page.get_by_role("status")).to_contain_text("Thank you")
 

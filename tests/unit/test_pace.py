@@ -5,26 +5,46 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.pace import LONGEST, SHORT, Look, Pace, look
 
+BATCH = 80
 
-def paused(*looks: Look, patience: float = 15.0, may_pause: bool = True) -> list[float]:
-    """Return the pauses of a run; of `looks`, two for each of its batches follow the first."""
-    pauses: list[float] = []
-    found = iter(looks)
+
+class Run(NamedTuple):
+    pauses: list[float]
+    sizes: list[int]
+    """What its batches were to have, and one more."""
+
+
+def run(*looks: Look, patience: float = 15.0, may_pause: bool = True) -> Run:
+    """Make a run; of `looks`, two for each of its batches follow the first."""
+    found, done = iter(looks), Run([], [])
     pace = Pace(
         lambda: next(found),
         patience=patience,
+        batch_size=BATCH,
         may_pause=lambda: may_pause,
-        sleep=pauses.append,
+        sleep=done.pauses.append,
     )
-    assert list(pace.between(range(len(looks) // 2))) == [*range(len(looks) // 2)]
+
+    def batches() -> Iterator[int]:
+        for number in range(len(looks) // 2):
+            done.sizes.append(pace.batch_size())
+            yield number
+        done.sizes.append(pace.batch_size())
+
+    assert list(pace.between(batches())) == [*range(len(looks) // 2)]
     assert next(found, None) is None
-    return pauses
+    return done
+
+
+def paused(*looks: Look, patience: float = 15.0, may_pause: bool = True) -> list[float]:
+    return run(*looks, patience=patience, may_pause=may_pause).pauses
 
 
 def batch(seconds: float, *, waited: float, served: int = 1, ran: float = 0.01) -> list[Look]:
@@ -68,6 +88,21 @@ def test_each_pause_is_of_what_came_since_the_last() -> None:
     """What the thread waited for before it paused is over."""
     first = batch(0.04, waited=1.0)
     assert paused(*first, first[1]._replace(at=101.0, served=99), first[1]) == [pytest.approx(0.12)]
+
+
+def test_it_does_little_at_a_time_until_there_are_processors() -> None:
+    """The first batch is a whole one: nobody knows yet."""
+    short, free = batch(0.03, waited=0.01), batch(0.03, waited=0.0)
+    assert run(*short, *free[1:]).sizes == [BATCH, BATCH // 8, BATCH]
+    assert run(*free).sizes == [BATCH, BATCH]
+
+
+def test_it_does_much_at_a_time_when_it_may_not_pause() -> None:
+    """To the end as fast as can be; so it does when its patience is at an end."""
+    short = batch(0.04, waited=0.01)
+    assert run(*short, may_pause=False).sizes == [BATCH, BATCH]
+    later = [look._replace(at=look.at + 1, waited=9.0, served=99) for look in short[1:]]
+    assert run(*short, *later, patience=0.12).sizes == [BATCH, BATCH // 8, BATCH]
 
 
 @pytest.fixture
