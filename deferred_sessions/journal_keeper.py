@@ -52,11 +52,12 @@ class JournalKeeper:
                 self._reset_if_done(journal)
             if not journal.retired():
                 journal.prepare()
+                journal.sync(now)  # so that the swap, for which savers wait, has little to sync
                 self._store.swap_journal(now)
 
     def _is_time(self, journal: Journal, now: float) -> bool:
-        is_old = now - journal.swapped_at() >= self._age and not journal.is_empty()
-        return journal.is_large() or is_old
+        age = abs(now - journal.swapped_at())  # the clock may have been set back
+        return journal.is_large() or (age >= self._age and not journal.is_empty())
 
     def _reset_if_done(self, journal: Journal) -> None:
         if journal.retired() and not self._store.needs_log(journal.generation() - 1):

@@ -253,14 +253,21 @@ def forgotten(record: SessionRecord, *, now: float) -> SessionRecord:
 
 def is_remembered(record: SessionRecord | Head, *, now: float) -> bool:
     """Tell whether PostgreSQL would still know of it if somebody had deleted the row."""
-    return max(record.written_at, record.entered_at) > now - REMEMBERED / 2
+    known_at = record.changed_at if record.flags & RECOVERED else record.entered_at
+    return max(record.written_at, known_at) > now - REMEMBERED / 2
 
 
 def recovered(record: SessionRecord, *, now: float) -> SessionRecord:
-    """Return `record` as the journal had it: nobody knows what PostgreSQL has; due before now."""
-    flags = record.flags & ~SHUT | CHANGED | (0 if record.is_tombstone else RECOVERED)
-    return forgotten(record, now=now)._replace(
-        flags=flags, due_at=now - 1.0, used_at=now, entered_at=now
+    """Return `record` as the journal had it: nobody knows what PostgreSQL has; due before now.
+
+    One that has expired, too: the clock may be wrong after a start.
+    """
+    return record._replace(
+        flags=record.flags & ~SHUT | CHANGED | (0 if record.is_tombstone else RECOVERED),
+        changed_at=record.changed_at or record.written_at,
+        due_at=now - 1.0,
+        used_at=now,
+        entered_at=now,
     )
 
 

@@ -22,14 +22,19 @@ from django.http.response import HttpResponseBase
 
 from deferred_sessions.client import client_of
 from deferred_sessions.deferred_session import DeferredSession
-from deferred_sessions.exceptions import LockTimeoutError, ServerUnavailableError, StoreFullError
+from deferred_sessions.exceptions import (
+    JournalError,
+    LockTimeoutError,
+    ServerUnavailableError,
+    StoreFullError,
+)
 from deferred_sessions.runtime import Runtime, get_runtime_in_use
 
 logger = logging.getLogger(__name__)
 
 UNAVAILABLE: Final = 503
 RETRY_AFTER: Final = 1  # seconds
-TROUBLE: Final = (ServerUnavailableError, LockTimeoutError, StoreFullError)
+TROUBLE: Final = (ServerUnavailableError, LockTimeoutError, StoreFullError, JournalError)
 TEXT: Final = "The site is busy. Please try again in a moment."
 
 

@@ -52,10 +52,11 @@ _LONGEST: Final = 255  # bytes of a user id there
 _VERSION: Final = struct.Struct("<Q")
 _TIME: Final = struct.Struct("<d")
 _TIMES: Final = struct.Struct("<ddd")  # due, used, entered: the end of the header
-_FLAGS_AT, _VERSION_AT, _EXPIRES_AT = 3, 12, 44  # places in the header
+_FLAGS_AT, _VERSION_AT = 3, 12  # places in the header
 _TIMES_AT: Final = _SIZE - _TIMES.size
 CHANGED_AT: Final = slice(_TIMES_AT - _TIME.size, _TIMES_AT)
 """Where `changed_at` stands in the bytes of a record, as a little-endian double."""
+_WRITTEN_AT: Final = slice(CHANGED_AT.start - _TIME.size, CHANGED_AT.start)
 
 
 class SessionRecord(NamedTuple):
@@ -283,22 +284,16 @@ def is_tombstone(data: bytes) -> bool:
     return bool(data[_FLAGS_AT] & TOMBSTONE)
 
 
-def encode_recovered(data: memoryview, now: float) -> bytes | None:
-    """Return the bytes of a dirty record for a store that lost it; None if it has expired.
+def encode_recovered(data: memoryview, now: float) -> bytes:
+    """Return the bytes of a dirty record for a store that lost it.
 
     The same as decoding, `lifecycle.recovered` and encoding, at a fifth of the cost: a
     recovery does it for each session.
     """
-    flags = data[_FLAGS_AT] & ~SHUT
-    if flags & TOMBSTONE:
-        flags |= CHANGED
-    elif _TIME.unpack_from(data, _EXPIRES_AT)[0] > now:
-        flags |= CHANGED | RECOVERED
-    else:
-        return None
     found = bytearray(data)
-    found[_FLAGS_AT] = flags
+    is_deletion = found[_FLAGS_AT] & TOMBSTONE
+    found[_FLAGS_AT] = found[_FLAGS_AT] & ~SHUT | CHANGED | (0 if is_deletion else RECOVERED)
     if not any(found[CHANGED_AT]):
-        found[CHANGED_AT] = _TIME.pack(now)
+        found[CHANGED_AT] = found[_WRITTEN_AT]
     _TIMES.pack_into(found, _TIMES_AT, now - 1.0, now, now)
     return bytes(found)

@@ -316,7 +316,8 @@ class Tiers:
         over from it.
 
         Raises:
-            StoreFullError: PostgreSQL is away, and memory has no room to remember it.
+            StoreFullError: Memory or journal have no room to remember it, and PostgreSQL is
+                away, or it happens inside a transaction of the application.
         """
         if self._adoption is None:
             return self._delete(key, now)
@@ -329,9 +330,19 @@ class Tiers:
     # Inside
 
     def _delete(self, key: str, now: float) -> SessionRecord | None:
-        burial = partial(lifecycle.deleted, key=key, now=now, policy=self._policy)
         self._counters.add(Counter.DELETIONS)
         self._cache.drop(key)
+        try:
+            return self._bury(key, now)
+        except StoreFullError:
+            # PostgreSQL remembers deletions, too: with it alone nobody has to stay logged in
+            # because a disk is full.
+            if not self._write_through.delete_unknown(key, now):
+                raise
+            return self._store.update(key, lambda _: None)[0]
+
+    def _bury(self, key: str, now: float) -> SessionRecord | None:
+        burial = partial(lifecycle.deleted, key=key, now=now, policy=self._policy)
         before, tombstone = self._store.bury(key, lambda known: known and burial(known))
         if tombstone is None and self._write_through.delete_unknown(key, now):
             # What a load that was faster has put into memory meanwhile goes, too.

@@ -21,7 +21,7 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.outcome import Outcome
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import CHANGED, TOMBSTONE, SessionRecord, split_rests
+from deferred_sessions.record import CHANGED, RECOVERED, TOMBSTONE, SessionRecord, split_rests
 from deferred_sessions.refusals import Refusals
 from deferred_sessions.servers.copies import Copies
 from deferred_sessions.servers.fleet import Fleet, Shape
@@ -118,6 +118,8 @@ class RecordWriter:
             self._counters.add(Counter.STATEMENTS)
             server.delete([dirty.key for dirty in deleted])
             outcome.deleted = deleted
+        new, known = self._divide(server, new)
+        changed = sorted(changed + known)
         if new:
             self._counters.add(Counter.STATEMENTS)
             if self._insert(server, new, now) == len(new):
@@ -139,6 +141,21 @@ class RecordWriter:
         if doubtful:
             self._look_into(server, doubtful, outcome, now)
         return outcome
+
+    @staticmethod
+    def _divide(server: SessionServer, new: list[Dirty]) -> tuple[list[Dirty], list[Dirty]]:
+        """Divide new sessions into those to insert and those that PostgreSQL had for certain.
+
+        A journal may have heard of a session last when it was new: it was written, and perhaps
+        deleted, since. An insert would bring it back.
+        """
+        if not any(dirty.head.flags & RECOVERED for dirty in new):
+            return new, []
+        revoked = server.revoked_since({dirty.key: dirty.head.created_at for dirty in new})
+        return (
+            [dirty for dirty in new if dirty.key not in revoked],
+            [dirty for dirty in new if dirty.key in revoked],
+        )
 
     def _insert(self, server: SessionServer, new: Sequence[Dirty], now: float) -> int:
         return server.insert(self.columns(new), now)

@@ -66,16 +66,14 @@ class Databases(NamedTuple):
     log: Log | None
 
 
-Recover = Callable[[Databases], Log]
-"""Makes a new store whole before anybody uses it; returns what logs its records."""
+Recover = Callable[[Databases], Log | None]
+"""Makes a store whole before this process uses it; returns what logs its records."""
 
 
 class MappedFile:
     """Opens the map lazily, once per process and again after a fork."""
 
-    def __init__(
-        self, directory: Path, *, size: int, identity: str, recover: Recover | None = None
-    ) -> None:
+    def __init__(self, directory: Path, *, size: int, identity: str, recover: Recover) -> None:
         self.directory = directory
         self._recover = recover
         self.databases: Databases | None = None
@@ -141,8 +139,6 @@ class MappedFile:
             place.check_contents(self.directory)
             place.discard_after_reboot(self.directory)
             dbs = self._open_file()
-            if self._recover is None:
-                return dbs
             try:
                 return dbs._replace(log=self._recover(dbs))
             except BaseException:

@@ -7,11 +7,13 @@ and a log is reset only when PostgreSQL, or the other log, has all that is in it
 
 One log is active, the other rests: it is retired (what is in it is not all written yet) or
 reset to nothing. Where things stand is kept in a small file in the store's directory, shared
-by all processes; each word is written by itself, in an order that is right at any instant.
+by all processes; each word is written by itself, in an order that is right at any instant. The
+logs belong to one store: it alone knows their seeds, and its processes hold a lock beside them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import time
@@ -20,27 +22,35 @@ from pathlib import Path
 from typing import Final
 
 from deferred_sessions.exceptions import JournalError, StoreFullError
-from deferred_sessions.memory import log_file
+from deferred_sessions.memory import forks, log_file, logs
 from deferred_sessions.memory.directory import make_private
 from deferred_sessions.memory.locks import Relay
 from deferred_sessions.memory.log_file import HEADER_SIZE, Header
+from deferred_sessions.memory.logs import LOGS, Descriptor, Logs
 
 STATE_FILE: Final = "journal"
 STATE_SIZE: Final = 4096
-LOGS: Final = ("log.0", "log.1")
+CLAIM_FILE: Final = "in-use.lock"
 SLOW: Final = 1000  # microseconds of a sync from which on it pays to wait for company
 COMPANY: Final = 0.3  # of the time of a sync: how long
-ZEROS: Final = bytes(1 << 20)
+LONGEST: Final = 0.02  # seconds: at the most
 GROWTH: Final = 4  # times its size that a log may have while nothing can be flushed
 SMALL, RESERVE = 128, 1 << 20  # bytes of a record, and room for many such ones
 FULL: Final = (
     "The journal is full of changes that PostgreSQL does not have. Is it away? Otherwise raise "
     "DEFERRED_SESSIONS['JOURNAL_SIZE']."
 )
+TAKEN: Final = (
+    "The journal in {} is in use by processes with another session store: of another node, of a "
+    "container that has not ended yet, or from before the store's directory was removed. Stop "
+    "them; each node needs a DEFERRED_SESSIONS['JOURNAL_DIRECTORY'] of its own."
+)
 # Words of the state: generation; positions and synced positions of both logs; times in µs;
-# how many syncs that savers wait for were begun, which was done last, its µs, and its bytes.
+# how many syncs that savers wait for were begun, which was done last, its µs, and its bytes;
+# the seeds of both logs.
 _GENERATION, _POSITION, _SYNCED, _SYNCED_AT, _SWAPPED_AT = 0, 1, 3, 5, 6
-_TURN, _DONE, _TOOK, _GROUP = 7, 8, 9, 10
+_TURN, _DONE, _TOOK, _GROUP, _SEED = 7, 8, 9, 10, 11
+_OFFSET: Final = 40  # bits of a place in a log; those of its generation are above
 
 
 class Journal:
@@ -56,10 +66,55 @@ class Journal:
         self._size = size
         self._state = store / STATE_FILE
         self._words: memoryview | None = None
-        self._opened = -1  # the generation whose files are open
-        self._seed = 0
-        self._descriptors = [-1, -1]
+        self._logs: Logs | None = None
+        self._claim: Descriptor | None = None
         self._relay = Relay(store / "journal-sync.lock")
+
+    # Whose it is
+
+    def claim(self, *, alone: bool) -> None:
+        """Keep processes of other stores from these logs; `alone`: while they are made anew.
+
+        Raises:
+            JournalError: Such a process has them in use.
+        """
+        forks.watch(self)
+        claim = self._claim
+        if claim is None:
+            make_private(self.directory)
+            claim = Descriptor(self.directory / CLAIM_FILE)
+        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        try:
+            fcntl.flock(claim.number, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._claim = None
+            raise JournalError(TAKEN.format(self.directory)) from error
+        self._claim = claim
+
+    def is_ours(self) -> bool:
+        """Tell whether the logs are those of this store; otherwise it does not know what they say.
+
+        Raises:
+            OSError: They cannot be read.
+        """
+        words = self._words or self._map()
+        generation = words[_GENERATION]
+        path = self.directory / LOGS[generation & 1]
+        try:
+            with path.open("rb") as file:
+                header = Header.decode(file.read(HEADER_SIZE), path)
+        except (FileNotFoundError, JournalError):
+            return False
+        known = generation, words[_SEED + (generation & 1)]
+        return header is not None and (header.generation, header.seed) == known
+
+    def before_fork(self) -> None:
+        """Leave everything as it is: the parent goes on."""
+
+    def after_fork(self, *, in_child: bool) -> None:
+        """Let go of what a child has inherited, or the claim would outlive the parent's."""
+        if in_child:
+            self.close()
 
     # Within a write transaction of the host store
 
@@ -74,17 +129,18 @@ class Journal:
         """
         words = self._words or self._map()
         generation = words[_GENERATION]
-        if generation != self._opened:
-            self._open(generation)
+        opened = self._logs
+        if opened is None or opened[0] != generation:
+            opened = self._open(generation)
         active = generation & 1
         position = words[_POSITION + active]
-        frame = log_file.encode(name, data, position, self._seed)
+        frame = log_file.encode(name, data, position, opened[1])
         # A deletion is small, and must not fail.
         reserve = 0 if len(data) > SMALL else RESERVE
         if position + len(frame) > GROWTH * self._size + reserve:
             raise StoreFullError(FULL)
         try:
-            written = os.pwrite(self._descriptors[active], frame, position)
+            written = os.pwrite(opened[3], frame, position)
         except OSError as error:
             raise StoreFullError(f"The journal cannot be written: {error.strerror}.") from error
         if written < len(frame):
@@ -93,13 +149,11 @@ class Journal:
 
     def swap(self, now: float) -> None:
         """Retire the active log and go on in the other, which `prepare` has made ready."""
-        words = self._map_words()
+        words = self._words or self._map()
         generation = words[_GENERATION]
-        self._open(generation)
-        active, other = generation & 1, (generation + 1) & 1
-        synced, position = words[_SYNCED + active], words[_POSITION + active]
-        self._sync_file(self._descriptors[active], synced, position)
-        words[_SYNCED + other] = HEADER_SIZE
+        other = (generation + 1) & 1
+        self._sync_to(words, generation, words[_POSITION + (generation & 1)])
+        words[_SYNCED + other] = _stamp(generation + 1, HEADER_SIZE)
         words[_POSITION + other] = HEADER_SIZE
         words[_SWAPPED_AT] = int(now * 1e6)
         words[_GENERATION] = generation + 1
@@ -113,7 +167,7 @@ class Journal:
     def position(self) -> tuple[int, int]:
         """Return where the next record goes: the log's generation, and its offset."""
         generation = self.generation()
-        return generation, self._map_words()[_POSITION + (generation & 1)]
+        return generation, (self._words or self._map())[_POSITION + (generation & 1)]
 
     def sync(self, now: float) -> None:
         """Have on disk what the active log was told until now.
@@ -123,14 +177,7 @@ class Journal:
         """
         words = self._words or self._map()
         generation = words[_GENERATION]
-        active = generation & 1
-        position = words[_POSITION + active]
-        if position > words[_SYNCED + active]:
-            if generation != self._opened:
-                self._open(generation)
-            self._sync_file(self._descriptors[active], words[_SYNCED + active], position)
-            if words[_GENERATION] == generation:  # a swap has synced by itself
-                words[_SYNCED + active] = max(position, words[_SYNCED + active])
+        self._sync_to(words, generation, words[_POSITION + (generation & 1)])
         words[_SYNCED_AT] = int(now * 1e6)
 
     def wait(self, now: float) -> None:
@@ -141,7 +188,7 @@ class Journal:
         """
         words, relay = self._words or self._map(), self._relay
         generation, position = self.position()
-        while words[_GENERATION] == generation and words[_SYNCED + (generation & 1)] < position:
+        while words[_GENERATION] == generation and _synced(words, generation) < position:
             turn = words[_TURN]
             if not relay.lead(turn):
                 relay.follow(turn)
@@ -165,12 +212,15 @@ class Journal:
         Otherwise savers fall apart into two groups, each of which waits for the other's sync.
         """
         if words[_TOOK] > SLOW and self.unsynced() < words[_GROUP] / 2:
-            time.sleep(words[_TOOK] / 1e6 * COMPANY)
+            time.sleep(min(words[_TOOK] / 1e6 * COMPANY, LONGEST))
 
     def is_behind(self, now: float) -> bool:
-        """Tell whether nobody has synced for so long that the saver has to."""
-        words = self._map_words()
-        return now - words[_SYNCED_AT] / 1e6 > 2 * self.sync_interval + 1.0
+        """Tell whether nobody has synced for so long that the saver has to.
+
+        So it seems, too, if the clock was set back.
+        """
+        words = self._words or self._map()
+        return abs(now - words[_SYNCED_AT] / 1e6) > 2 * self.sync_interval + 1.0
 
     def size(self) -> int:
         """Return the bytes in the active log."""
@@ -186,36 +236,36 @@ class Journal:
 
     def swapped_at(self) -> float:
         """Return when the active log was begun."""
-        return self._map_words()[_SWAPPED_AT] / 1e6
+        return (self._words or self._map())[_SWAPPED_AT] / 1e6
 
     def retired(self) -> int:
         """Return the bytes in the log that rests; 0 if it was reset."""
-        words = self._map_words()
+        words = self._words or self._map()
         return words[_POSITION + ((words[_GENERATION] + 1) & 1)]
 
     def unsynced(self) -> int:
         """Return the bytes that a power loss would take now."""
-        words = self._map_words()
         generation, position = self.position()
-        return max(0, position - words[_SYNCED + (generation & 1)])
+        return max(0, position - _synced(self._words or self._map(), generation))
 
     # Housekeeping, by one process at a time
 
     def prepare(self) -> None:
         """Make the resting log ready for `swap`: its space, and its header, on disk."""
-        generation = self.position()[0] + 1
-        self._open(generation - 1)
-        self._begin(self._descriptors[generation & 1], generation)
+        generation = self.generation()
+        header = Header.new(generation + 1, self.identity)
+        opened = self._open(generation)
+        self._begin(opened.resting, header)
+        (self._words or self._map())[_SEED + ((generation + 1) & 1)] = header.seed
 
     def reset(self) -> None:
         """Give the space of the retired log back."""
-        words = self._map_words()
+        words = self._words or self._map()
         generation = words[_GENERATION]
-        self._open(generation)
-        resting = (generation + 1) & 1
-        os.ftruncate(self._descriptors[resting], 0)
-        words[_SYNCED + resting] = 0
-        words[_POSITION + resting] = 0
+        opened = self._open(generation)
+        os.ftruncate(opened.resting, 0)
+        words[_SYNCED + ((generation + 1) & 1)] = 0
+        words[_POSITION + ((generation + 1) & 1)] = 0
 
     def restart(self, generation: int, records: Iterable[tuple[bytes, bytes]], now: float) -> None:
         """Begin anew with a log of these records alone, durable on return.
@@ -223,125 +273,88 @@ class Journal:
         For recovery: the old logs are good until the new one is in place.
         """
         make_private(self.directory)
+        words = self._words or self._map()
+        generation = max(generation, words[_GENERATION] + 1)
         path, other = (self.directory / LOGS[(generation + n) & 1] for n in (0, 1))
-        seed = self.directory / "log.new"
-        seed.unlink(missing_ok=True)
-        descriptor = self._descriptor(seed)
+        new = self.directory / "log.new"
+        new.unlink(missing_ok=True)
+        header = Header.new(generation, self.identity)
+        file = Descriptor(new)
         try:
-            position = self._begin(descriptor, generation, records)
-        finally:
-            os.close(descriptor)
-        seed.rename(path)
+            position = self._begin(file.number, header, records)
+        except BaseException:
+            new.unlink()
+            raise
+        new.rename(path)
         other.unlink(missing_ok=True)
-        self._sync_directory()
-        self.close()
-        words = self._map()
+        logs.sync_directory(self.directory)
         active = generation & 1
-        words[_POSITION + active] = words[_SYNCED + active] = position
-        words[_POSITION + 1 - active] = words[_SYNCED + 1 - active] = 0
+        words[_SEED + active] = header.seed
+        words[_POSITION + active], words[_POSITION + 1 - active] = position, 0
+        words[_SYNCED + active], words[_SYNCED + 1 - active] = _stamp(generation, position), 0
         words[_SWAPPED_AT] = words[_SYNCED_AT] = int(now * 1e6)
         words[_GENERATION] = generation
 
     def close(self) -> None:
-        """Close what is open; the next use opens it again."""
-        if self._words is not None:
-            self._words.release()
-            self._words = None
-        for index, descriptor in enumerate(self._descriptors):
-            if descriptor >= 0:
-                os.close(descriptor)
-                self._descriptors[index] = -1
-        self._opened = -1
+        """Let go of what is open; the next use opens it again."""
+        self._words = self._logs = self._claim = None
 
     # Inside
 
-    def _sync_file(self, descriptor: int, synced: int, position: int) -> None:
+    def _sync_to(self, words: memoryview, generation: int, position: int) -> None:
+        """Have on disk what the log of this generation was told up to `position`."""
+        if position <= _synced(words, generation):
+            return
+        opened = self._open(generation)
         try:
-            os.fdatasync(descriptor)
+            logs.sync(opened.active, _synced(words, generation), position)
         except OSError as error:
-            # The kernel reports pages that it could not write once, and then takes them for
-            # written: they are written anew, so that the next sync means them.
-            os.pwrite(descriptor, os.pread(descriptor, position - synced, synced), synced)
             raise JournalError(
                 f"The journal in {self.directory} cannot be synced: {error.strerror}. What was "
                 "saved is in memory; it is not safe from a crash of the host."
             ) from error
+        # Should two swaps have come in between, it says nothing of the log that is there now.
+        if position > _synced(words, generation):
+            words[_SYNCED + (generation & 1)] = _stamp(generation, position)
 
     def _begin(
-        self, descriptor: int, generation: int, records: Iterable[tuple[bytes, bytes]] = ()
+        self, descriptor: int, header: Header, records: Iterable[tuple[bytes, bytes]] = ()
     ) -> int:
-        """Give a log its header, its first records and its space, on disk; return their end."""
-        header = Header.new(generation, self.identity)
         try:
-            position = self._fill(descriptor, header.seed, records)
-            # Zeros, not `fallocate`: the first write to blocks that were only reserved makes
-            # each `fdatasync` one of the file's metadata, too, at several times its cost.
-            for offset in range(position, self._size, len(ZEROS)):
-                os.pwrite(descriptor, ZEROS[: self._size - offset], offset)
-            os.pwrite(descriptor, header.encode(), 0)
-            os.fsync(descriptor)
+            return logs.begin(descriptor, header, self._size, records)
         except OSError as error:
             raise JournalError(
                 f"A log of {self._size >> 20} MiB cannot be made in {self.directory}: "
                 f"{error.strerror}. Make room, or see DEFERRED_SESSIONS['JOURNAL_DIRECTORY']."
             ) from error
-        return position
 
-    @staticmethod
-    def _fill(descriptor: int, seed: int, records: Iterable[tuple[bytes, bytes]]) -> int:
-        """Write records from the beginning, many at once; return where they end."""
-        position, start, frames = HEADER_SIZE, HEADER_SIZE, []
-        for name, data in records:
-            frames.append(log_file.encode(name, data, position, seed))
-            position += len(frames[-1])
-            if position - start >= len(ZEROS):
-                _write(descriptor, b"".join(frames), start)
-                start, frames = position, []
-        _write(descriptor, b"".join(frames), start)
-        return position
-
-    def _open(self, generation: int) -> None:
-        """Open both logs, unless they are open since that generation."""
-        if generation == self._opened:
-            return
-        for index, name in enumerate(LOGS):
-            if self._descriptors[index] >= 0:
-                os.close(self._descriptors[index])
-            self._descriptors[index] = self._descriptor(self.directory / name)
-        path = self.directory / LOGS[generation & 1]
-        header = Header.decode(os.pread(self._descriptors[generation & 1], HEADER_SIZE, 0), path)
-        if header is None or header.generation != generation:
-            raise JournalError(f"{path} was exchanged while it was in use.")
-        self._seed, self._opened = header.seed, generation
-
-    def _descriptor(self, path: Path) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            return os.open(path, flags, 0o600)
-        except OSError as error:
-            raise JournalError(f"{path} cannot be opened: {error.strerror}.") from error
-
-    def _map_words(self) -> memoryview:
-        return self._words or self._map()
+    def _open(self, generation: int) -> Logs:
+        """Return both logs of a generation; opened, unless they were."""
+        opened = self._logs
+        if opened is not None and opened.generation == generation:
+            return opened
+        opened = Logs.open(self.directory, generation)
+        if opened.seed != (self._words or self._map())[_SEED + (generation & 1)]:
+            raise JournalError(
+                f"{self.directory / LOGS[generation & 1]} was exchanged while it was in use. "
+                "Restart the site: what memory has is written down then."
+            )
+        self._logs = opened
+        return opened
 
     def _map(self) -> memoryview:
-        descriptor = self._descriptor(self._state)
-        try:
-            os.posix_fallocate(descriptor, 0, STATE_SIZE)
-            self._words = memoryview(mmap.mmap(descriptor, STATE_SIZE)).cast("Q")
-        finally:
-            os.close(descriptor)
-        return self._words
-
-    def _sync_directory(self) -> None:
-        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        file = Descriptor(self._state)
+        os.posix_fallocate(file.number, 0, STATE_SIZE)
+        self._words = words = memoryview(mmap.mmap(file.number, STATE_SIZE)).cast("Q")
+        return words
 
 
-def _write(descriptor: int, data: bytes, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+def _stamp(generation: int, position: int) -> int:
+    """Return a place in the log of a generation as one word."""
+    return (generation & 0xFFFFFF) << _OFFSET | position
+
+
+def _synced(words: memoryview, generation: int) -> int:
+    """Return up to where the log of a generation is on disk."""
+    stamp: int = words[_SYNCED + (generation & 1)]
+    return stamp - _stamp(generation, 0) if stamp >> _OFFSET == generation & 0xFFFFFF else 0

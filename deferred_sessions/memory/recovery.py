@@ -1,11 +1,14 @@
 """Rebuilds the host store from the journal, after the host has lost its memory.
 
-Called when a store is made, under the lock that keeps other processes from opening it, and
+Called when a store is opened, under the lock that keeps other processes from opening it, and
 by `recoversessions`. Invariant: killed anywhere and repeated, it ends in the same state; a
 record of a log never takes the place of a later one.
 
     lock the node; both logs, in order -> the store and its indexes, all due at once;
     a new log of what is dirty; the old ones away; unlock. The flusher does the rest.
+
+So it goes, too, with a store that is there and was in use without its journal, or with another
+one: what it has stays, and is in the new log.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ import lmdb
 from deferred_sessions.exceptions import JournalError, RecordCorruptError, StoreUnavailableError
 from deferred_sessions.memory import log_file, tables
 from deferred_sessions.memory.environment import Databases
-from deferred_sessions.memory.journal import LOGS, Journal
+from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.log_file import Header
+from deferred_sessions.memory.logs import LOGS
 from deferred_sessions.record import encode_recovered, version_of
 
 logger = logging.getLogger(__name__)
@@ -95,43 +99,44 @@ def read(journal: Journal) -> Findings:
             if not frames % PART:
                 progress.say("Reading the journal: %d records so far.", frames)
             try:
-                version = version_of(log, start, stop)
+                version_of(log, start, stop)
             except RecordCorruptError:
                 unreadable += 1
                 continue
-            known = newest.get(name)
-            if known is None or version >= _version_at(known, logs):
-                newest[name] = _place(start, stop, which)
+            # The last one, whatever its version: another node may have gone on from an older
+            # one, and has given the session back.
+            newest[name] = _place(start, stop, which)
     generation = headers[-1][0].generation if headers else 0
     return Findings(newest, logs, frames, unreadable, generation, rejected)
 
 
-def _version_at(place: int, logs: list[memoryview]) -> int:
-    start, stop, log = _found(place)
-    return version_of(logs[log], start, stop)
-
-
-def recover_if_new(journal: Journal, dbs: Databases, now: float) -> None:
-    """Recover unless this store has been; call it while holding `opening`.
+def recover_if_needed(journal: Journal, dbs: Databases, now: float) -> None:
+    """Recover unless this store has what the journal has; call it while holding `opening`.
 
     Raises:
         StoreUnavailableError: The journal holds more than the store has room for.
-        JournalError: There is no room for a new log.
+        JournalError: There is no room for a new log, or another store has the journal in use.
     """
+    journal.claim(alone=False)
+    is_ours = journal.is_ours()
     with dbs.env.begin(dbs.notes) as txn:
-        if txn.get(NOTE):
+        if is_ours and txn.get(NOTE):
             return
+    if not is_ours:
+        journal.claim(alone=True)
+    _recover(journal, dbs, now)
+    journal.claim(alone=False)
+
+
+def _recover(journal: Journal, dbs: Databases, now: float) -> None:
     started = time.monotonic()
     found = read(journal)
-    for path, why in found.rejected:
-        aside = path.with_name(f"{path.name}.rejected-{int(now)}")
-        path.rename(aside)
-        logger.error("%s It is left alone, as %s.", why, aside, extra={"action": "log_rejected"})
+    _set_aside(journal, found, now)
     try:
         put(dbs, found, now)
-        journal.restart(found.generation + 1, _dirty(dbs), now)
-        with dbs.env.begin(dbs.notes, write=True) as txn:
-            txn.put(NOTE, b"ready")
+        with dbs.env.begin(dbs.records, write=True) as txn:  # processes of this store may save
+            journal.restart(found.generation + 1, _dirty(txn, dbs), now)
+            txn.put(NOTE, b"ready", db=dbs.notes)
     except lmdb.MapFullError as error:
         raise StoreUnavailableError(TOO_SMALL.format(len(found.newest))) from error
     if found.frames:
@@ -146,25 +151,51 @@ def recover_if_new(journal: Journal, dbs: Databases, now: float) -> None:
         )
 
 
+def forget(dbs: Databases) -> None:
+    """Note that this store is in use without its journal, which misses what happens from now on."""
+    with dbs.env.begin(dbs.notes) as txn:
+        if not txn.get(NOTE):
+            return
+    with dbs.env.begin(dbs.notes, write=True) as txn:
+        txn.delete(NOTE)
+
+
+def _set_aside(journal: Journal, found: Findings, now: float) -> None:
+    """Keep what is not ours, or is of a release that knows more, under other names."""
+    for path, why in found.rejected:
+        aside = path.with_name(f"{path.name}.rejected-{int(now)}")
+        path.rename(aside)
+        logger.error("%s It is left alone, as %s.", why, aside, extra={"action": "log_rejected"})
+    if not found.unreadable:
+        return
+    for path in (journal.directory / name for name in LOGS):
+        aside = path.with_name(f"{path.name}.unreadable-{int(now)}")
+        if path.exists() and path.stat().st_size:
+            aside.hardlink_to(path)
+            logger.error(
+                "%d records of the journal are of another release; they stay in %s.",
+                found.unreadable,
+                aside,
+                extra={"action": "log_unreadable"},
+            )
+
+
 def put(dbs: Databases, found: Findings, now: float) -> None:
     """Put records into the store, dirty and due, where it has nothing later."""
     names, progress = sorted(found.newest), Progress()
     for start in range(0, len(names), PART):
         part = [
-            (name, data)
-            for name in names[start : start + PART]
-            if (data := encode_recovered(found.data(name), now)) is not None
+            (name, encode_recovered(found.data(name), now)) for name in names[start : start + PART]
         ]
         with dbs.env.begin(dbs.records, write=True) as txn:
             tables.restore(txn, dbs, part, now)
         progress.say("Recovering sessions: %d of %d.", start, len(names))
 
 
-def _dirty(dbs: Databases) -> Iterator[tuple[bytes, bytes]]:
+def _dirty(txn: lmdb.Transaction, dbs: Databases) -> Iterator[tuple[bytes, bytes]]:
     """Yield the dirty records of the store, as they are."""
-    with dbs.env.begin(dbs.records) as txn:
-        for name in tables.dirty_names(txn, dbs):
-            yield name, txn.get(name, b"")
+    for name in tables.dirty_names(txn, dbs):
+        yield name, bytes(txn.get(name, b""))
 
 
 def _logs(journal: Journal, rejected: list[tuple[Path, str]]) -> Iterator[tuple[Header, Path]]:

@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from deferred_sessions.exceptions import StoreError
 from deferred_sessions.lifecycle import TOMBSTONE_LIFETIME
 from deferred_sessions.memory import eviction, handing, tables
 from deferred_sessions.memory.directory import PAGE, other_owners
 from deferred_sessions.memory.environment import Databases, Log, MappedFile
 from deferred_sessions.memory.journal import Journal
-from deferred_sessions.memory.recovery import recover_if_new
+from deferred_sessions.memory.recovery import forget, recover_if_needed
 from deferred_sessions.memory.tables import Change, Dirty, Transition
 from deferred_sessions.memory.transactions import BATCH, Transactions
 from deferred_sessions.record import Head, SessionRecord
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 HIGH_WATER: Final = 0.85  # share of the map in use above which sessions are evicted
 CROWDED_WATER: Final = 0.75  # and above which it matters that most of them are dirty
+COMPLAINT_INTERVAL: Final = 60.0  # seconds between messages about a disk that fails
 LOOK_SHARE: Final = 1 / 1024  # of the map: how much a process writes between two looks
 
 
@@ -46,11 +48,12 @@ class HostStore(Transactions):
         self.directory = directory
         self.journal = journal
         """Where changes go that a crash of the host must not take, or None."""
-        recover = None if journal is None else partial(_recovered, journal)
+        recover = partial(_recovered, journal)
         super().__init__(MappedFile(directory, size=size, identity=identity, recover=recover))
         self._look_after = size * LOOK_SHARE
         self._written = 0  # bytes, roughly, since the last look at the level of the map
         self._may_grow = True
+        self._complained_at = 0.0
 
     def exists(self) -> bool:
         """Tell whether this host has a store already; never makes one."""
@@ -126,7 +129,7 @@ class HostStore(Transactions):
             self._look()
         change = self._write(tables.update, key, transition, self._may_grow)
         if self.journal is not None and self.journal.is_behind(now := time.time()):
-            self.journal.sync(now)
+            self._sync_late(self.journal, now)
         if change[1] is not None:
             self._written += PAGE + len(change[1].payload)
             if self._written > self._look_after:
@@ -168,7 +171,8 @@ class HostStore(Transactions):
     def update_many(self, transitions: Mapping[str, Transition]) -> None:
         """Do `update` for many keys that PostgreSQL confirmed, some hundred at a time.
 
-        For what makes records smaller or cleaner: there is always room for that.
+        For what makes records smaller or cleaner: there is always room for that. What the
+        journal does not take stays as it is, dirty and due.
         """
         self._in_parts(
             list(transitions.items()), lambda part: self._write(tables.update_many, part)
@@ -313,6 +317,15 @@ class HostStore(Transactions):
         """
         self._write(tables.set_note, name, value, voids_loads)
 
+    def _sync_late(self, journal: Journal, now: float) -> None:
+        """Sync because nobody else does; what was saved is in memory, whatever the disk says."""
+        try:
+            journal.sync(now)
+        except StoreError:
+            if now - self._complained_at > COMPLAINT_INTERVAL:
+                self._complained_at = now
+                logger.exception("A save is not on disk.", extra={"action": "journal_failed"})
+
     def _look(self) -> None:
         """Look at the level of the map; evict a little if it is high, stop growth if full."""
         self._written = 0
@@ -322,7 +335,15 @@ class HostStore(Transactions):
         self._may_grow = not self._is_full()
 
 
-def _recovered(journal: Journal, dbs: Databases) -> Log:
+def _recovered(journal: Journal | None, dbs: Databases) -> Log | None:
     """Have in the store what its journal has; return what logs its changes."""
-    recover_if_new(journal, dbs, time.time())
+    if journal is None:
+        forget(dbs)
+        return None
+    journal.close()  # what is open may be of the store that was here before
+    try:
+        recover_if_needed(journal, dbs, time.time())
+    except BaseException:
+        journal.close()
+        raise
     return journal

@@ -10,6 +10,7 @@ nobody who asked PostgreSQL before puts an older state in its place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from operator import itemgetter
 from typing import Final, NamedTuple
 
@@ -110,9 +111,9 @@ def update(
         # What becomes dirty takes some bytes more; there is room kept back for that.
         if not may_grow and (before is None or len(after.payload) > len(before.payload)):
             raise StoreFullError(FULL)
-        txn.put(name, new_data)
         if dbs.log is not None and after.flags & DIRTY:
             dbs.log.append(name, new_data)
+        txn.put(name, new_data)
     if before is None or after is None or indexes.has_moved(before, after):
         indexes.reindex(txn, dbs, before, after)
     return before, after
@@ -157,9 +158,13 @@ def count_removal(txn: lmdb.Transaction, dbs: Databases) -> None:
 def update_many(
     txn: lmdb.Transaction, dbs: Databases, transitions: Iterable[tuple[str, Transition]]
 ) -> None:
-    """Do `update` for each key, in the order of the keys, which is that of the pages."""
+    """Do `update` for each key, in the order of the keys, which is that of the pages.
+
+    What the journal does not take stays as it is.
+    """
     for key, transition in sorted(transitions, key=itemgetter(0)):
-        update(txn, dbs, key, transition, True)
+        with suppress(StoreFullError):
+            update(txn, dbs, key, transition, True)
 
 
 def restore(
@@ -167,7 +172,7 @@ def restore(
 ) -> None:
     """Put records, by name and as `encode_recovered` made them at `now`, in order of names.
 
-    What is there already stays if it is the same version or a later one. In a new store,
+    What is there already stays if it is the same state or a later one. In a new store,
     and with names that grow from call to call, all is appended to full pages.
     """
     if not _is_behind(txn, dbs.records, records):
@@ -205,7 +210,7 @@ def _gives_way(txn: lmdb.Transaction, dbs: Databases, name: bytes, data: bytes) 
     if known is None:
         return True
     before, after = (decode(name.decode(), each) for each in (known, data))
-    if before.version >= after.version:
+    if (before.fence, before.version) >= (after.fence, after.version):
         return False
     indexes.reindex(txn, dbs, before, None)
     return True

@@ -10,7 +10,7 @@ before; callers ask `in_transaction` to know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, LiteralString
 
 from deferred_sessions.exceptions import ServerUnavailableError
@@ -175,6 +175,12 @@ class SessionServer(ServerConnection):
     def revoked(self, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` that somebody deleted or changed in the last day."""
         return {key for (key,) in self.run(sql.REVOKED, [sorted(keys)])}
+
+    def revoked_since(self, created: Mapping[str, float]) -> set[str]:
+        """Return those of these keys that somebody deleted or changed after they were created."""
+        keys = sorted(created)
+        found = self.run(sql.REVOKED_SINCE, [keys, [created[key] for key in keys]])
+        return {key for (key,) in found}
 
     def prune_revocations(self, before: float) -> None:
         """Remove revocations that were made before this time."""

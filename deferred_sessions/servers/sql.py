@@ -244,6 +244,16 @@ REVOKED: Final[LiteralString] = """
 """
 """Which of these keys somebody deleted or changed, as far as is remembered."""
 
+REVOKED_SINCE: Final[LiteralString] = """
+    SELECT session.key
+      FROM unnest(%b::text[], %b::float8[]) AS session (key, created)
+     WHERE EXISTS (SELECT 1
+                     FROM deferred_sessions_revocation
+                    WHERE session_key = session.key
+                       OR session_key IS NULL AND made_at > to_timestamp(session.created))
+"""
+"""The same, but an end of all sessions is one of those alone that were there."""
+
 VERSIONS: Final[LiteralString] = """
     SELECT session_key, version
       FROM deferred_sessions_session

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from deferred_sessions.memory.journal import LOGS, Journal
+from deferred_sessions.memory.journal import Journal
+from deferred_sessions.memory.logs import LOGS
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.record import SessionRecord
 

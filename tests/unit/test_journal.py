@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import JournalError, StoreFullError, StoreUnavailableError
-from deferred_sessions.memory import log_file, recovery
-from deferred_sessions.memory.journal import LOGS, Journal
+from deferred_sessions.memory import log_file, logs, recovery
+from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.log_file import HEADER_SIZE, Header
+from deferred_sessions.memory.logs import LOGS
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.record import SessionRecord
 from tests.unit import records
@@ -148,10 +149,29 @@ def test_a_deleted_session_stays_deleted(host: Host) -> None:
     assert record.is_dirty
 
 
-def test_what_has_expired_is_not_recovered(host: Host) -> None:
-    put(host.store, key(1), at=1000.0)
+def test_what_seems_to_have_expired_is_recovered(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that was just started may have any time; the next start would find no log."""
+    put(host.store, key(1))
+    real = time.time
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: real() + 10 * 365 * 86_400)
+        host.lose_power()
     host.lose_power()
-    assert host.records() == {}
+    assert set(host.records()) == {key(1)}
+
+
+def test_the_last_record_counts_whatever_its_version(host: Host) -> None:
+    """One that was taken over, refused and forgotten was ahead of what others went on from."""
+    taken_over = put(host.store, key(1), payload=b"refused")._replace(version=9, fence=1)
+    host.store.update(key(1), lambda _: taken_over)
+    host.store.update(key(1), lambda _: None)
+    back = records.put(host.store, key(1), clean=True, at=NOW)._replace(version=4, fence=3)
+    host.store.update(key(1), lambda _: back._replace(stored_version=4))
+    save(host.store, key(1), b"acknowledged", at=NOW + 1)
+    host.lose_power()
+    assert host.records()[key(1)].payload == b"acknowledged"
 
 
 def test_power_is_lost_again_and_again(host: Host) -> None:
@@ -204,7 +224,7 @@ def test_a_recovery_that_is_killed_is_repeated(host: Host, monkeypatch: pytest.M
     for number in range(30):
         put(host.store, key(number), payload=f"{number}".encode())
     monkeypatch.setattr(recovery, "PART", 10)
-    steps = ["unlink", "rename", "_begin", "fsync", "put"]
+    steps = ["unlink", "rename", "begin", "sync_directory", "put"]
     for step in [*steps, *reversed(steps)]:
         host.store.close()
         shutil.rmtree(host.place / "store")
@@ -230,10 +250,8 @@ def _break(patch: pytest.MonkeyPatch, step: str) -> None:
             real(*arguments)  # type: ignore[arg-type]
 
         patch.setattr(recovery.tables, "restore", restore)
-    elif step == "_begin":
-        patch.setattr(Journal, "_begin", die)
-    elif step == "fsync":
-        patch.setattr(Journal, "_sync_directory", die)
+    elif step in {"begin", "sync_directory"}:
+        patch.setattr(logs, step, die)
     else:
         real_step = getattr(Path, step)
 

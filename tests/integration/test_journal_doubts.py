@@ -1,0 +1,166 @@
+"""What a journal has may be old: what is deleted stays so; and a disk that fails stops nobody."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
+from tests.integration.conftest import change, created, row
+
+pytestmark = pytest.mark.django_db(transaction=True)
+DAY = 86_400.0
+
+
+@pytest.fixture
+def journaled(tune: Callable[..., Runtime], tmp_path: Path) -> Callable[..., Runtime]:
+    def make(**settings: Any) -> Runtime:
+        directory = str(tmp_path / "journal")
+        return tune(JOURNAL_DIRECTORY=directory, JOURNAL_SIZE=1 << 20, **settings)
+
+    return make
+
+
+def lose_power(directory: Path) -> Runtime:
+    """All processes end, and shared memory is gone."""
+    reset_runtime()
+    shutil.rmtree(directory)
+    return get_runtime()
+
+
+def by_sql(statement: str) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(statement)
+
+
+def delete(session: SessionStore, how: str) -> None:
+    """Have the session deleted such that the journal hears nothing of it."""
+    if how == "by SQL":
+        by_sql("DELETE FROM deferred_sessions_session")
+        get_runtime().flusher.flush_once(time.time())
+    else:
+        assert get_runtime().store.evict(10)
+        SessionStore(session.session_key).delete()
+
+
+# Deleted sessions
+
+
+@pytest.mark.parametrize("how", ["by SQL", "evicted"])
+@pytest.mark.parametrize("is_flushed", [True, False])
+def test_a_session_that_the_journal_knows_as_new_stays_deleted(
+    journaled: Callable[..., Runtime], directory: Path, how: str, is_flushed: bool
+) -> None:
+    """It was written, and deleted, since; an insert would bring a login back."""
+    runtime = journaled(WRITE_ON_CREATE=False)
+    session = created(_auth_user_id="7")
+    runtime.flusher.flush_once(time.time(), everything=True)
+    delete(session, how)
+    runtime = lose_power(directory)
+    if is_flushed:
+        report = runtime.flusher.flush_once(time.time())
+        assert (report.inserted, report.vanished) == (0, 1)
+    assert SessionStore(session.session_key).load() == {}
+    assert row(session.session_key) is None
+
+
+def test_a_new_session_outlives_an_earlier_end_of_all(
+    journaled: Callable[..., Runtime], directory: Path
+) -> None:
+    """A TRUNCATE ends what was there."""
+    journaled(WRITE_ON_CREATE=False)
+    by_sql("TRUNCATE deferred_sessions_session")
+    session = created(n=1)
+    report = lose_power(directory).flusher.flush_once(time.time())
+    assert (report.inserted, report.remaining) == (1, 0)
+    assert row(session.session_key) == {"n": 1}
+
+
+def test_a_host_that_was_off_for_days_brings_nothing_back(
+    journaled: Callable[..., Runtime], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody remembers that the session was deleted on another host meanwhile."""
+    runtime = journaled()
+    session = created(_auth_user_id="7")
+    change(session, n=1)
+    runtime.flusher.flush_once(time.time(), everything=True)
+    reset_runtime()
+    shutil.rmtree(directory)
+    by_sql("DELETE FROM deferred_sessions_session")
+    by_sql("DELETE FROM deferred_sessions_revocation")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 2 * DAY)
+    report = get_runtime().flusher.flush_once(time.time())
+    assert (report.inserted, report.remaining) == (0, 0)
+    assert row(session.session_key) is None
+    assert SessionStore(session.session_key).load() == {}
+
+
+# Disks that take nothing
+
+
+@pytest.fixture
+def broken_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    return lambda: monkeypatch.setattr(os, "pwrite", refuse)
+
+
+def test_visitors_notice_no_broken_disk(
+    journaled: Callable[..., Runtime], broken_disk: Callable[[], None]
+) -> None:
+    """While PostgreSQL is there it takes saves, logins and logouts."""
+    journaled()
+    visitor, member = created(n=0), created(_auth_user_id="7")
+    broken_disk()
+    change(visitor, n=1)
+    assert row(visitor.session_key) == {"n": 1}
+    session = SessionStore(visitor.session_key)
+    session.cycle_key()
+    session["_auth_user_id"] = "8"
+    session.save()
+    assert row(visitor.session_key) is None
+    assert row(session.session_key) == {"n": 1, "_auth_user_id": "8"}
+    SessionStore(member.session_key).delete()
+    assert row(member.session_key) is None
+    assert SessionStore(member.session_key).load() == {}
+
+
+@contextmanager
+def refused(session: SessionStore) -> Iterator[None]:
+    """PostgreSQL refuses whatever changes this session."""
+    table = "ALTER TABLE deferred_sessions_session"
+    check = f"session_key <> '{session.session_key}' OR version < 2"
+    by_sql(f"{table} ADD CONSTRAINT poison CHECK ({check})")
+    try:
+        yield
+    finally:
+        connection.close()
+        by_sql(f"{table} DROP CONSTRAINT poison")
+
+
+def test_a_broken_disk_and_a_session_that_is_refused(
+    journaled: Callable[..., Runtime], broken_disk: Callable[[], None]
+) -> None:
+    """The refused one cannot be put off; all others are written nevertheless."""
+    runtime = journaled(BATCH_SIZE=2)
+    bad, *good = sorted((created(n=0) for _ in range(6)), key=lambda s: str(s.session_key))
+    change(bad, n="poison" * 20)
+    for session in good:
+        change(session, n=1)
+    with refused(bad):
+        broken_disk()
+        report = runtime.flusher.flush_once(time.time() + 1000)
+        assert (report.updated, report.set_aside, report.remaining) == (5, 1, 1)
+    assert [row(session.session_key) for session in good] == [{"n": 1}] * 5
