@@ -6,7 +6,8 @@ no change from before the swap is missing in PostgreSQL; what stands in the way 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.locks import ProcessLock
@@ -54,6 +55,15 @@ class JournalKeeper:
                 journal.prepare()
                 journal.sync(now)  # so that the swap, for which savers wait, has little to sync
                 self._store.swap_journal(now)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Keep the logs from being swapped and reset for the block, for who reads them."""
+        if not self._store.exists():
+            yield
+            return
+        with self._lock.held(wait=True):
+            yield
 
     def _is_time(self, journal: Journal, now: float) -> bool:
         age = abs(now - journal.swapped_at())  # the clock may have been set back

@@ -66,7 +66,7 @@ def build_session_servers(
             f"DEFERRED_SESSIONS wants {settings.copies} COPIES of each session, and names "
             f"{len(settings.weights)} SERVERS: add servers, or lower COPIES."
         )
-    owner = partial(_owner, settings.node or _default_name(store.directory), store)
+    owner = partial(_owner, settings.node, store)
     timeout = settings.server_deadline
     heart_timeout = timeout and min(timeout, settings.node_timeout / 3)
     fleet = Fleet(
@@ -127,9 +127,12 @@ def _default_name(directory: Path) -> str:
     return f"{os.uname().nodename[:40]}:{digest}"
 
 
-def _owner(name: str, store: HostStore) -> str:
+def _owner(name: str | None, store: HostStore) -> str:
     """Return the name of this node and the incarnation of its store."""
-    return f"{name}#{store.incarnation()}"
+    incarnation = store.incarnation()  # opens the store, and its journal
+    if name is None:
+        name = store.node(_default_name(store.directory))
+    return f"{name}#{incarnation}"
 
 
 def _said(fleet: Fleet) -> dict[str, str]:

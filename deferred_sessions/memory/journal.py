@@ -31,6 +31,7 @@ from deferred_sessions.memory.logs import LOGS, Descriptor, Logs
 STATE_FILE: Final = "journal"
 STATE_SIZE: Final = 4096
 CLAIM_FILE: Final = "in-use.lock"
+NODE_FILE: Final = "node"
 SLOW: Final = 1000  # microseconds of a sync from which on it pays to wait for company
 COMPANY: Final = 0.3  # of the time of a sync: how long
 LONGEST: Final = 0.02  # seconds: at the most
@@ -68,6 +69,7 @@ class Journal:
         self._words: memoryview | None = None
         self._logs: Logs | None = None
         self._claim: Descriptor | None = None
+        self._node: str | None = None
         self._relay = Relay(store / "journal-sync.lock")
 
     # Whose it is
@@ -107,6 +109,25 @@ class Journal:
             return False
         known = generation, words[_SEED + (generation & 1)]
         return header is not None and (header.generation, header.seed) == known
+
+    def node(self, default: str) -> str:
+        """Return the name of the node that began this journal; `default` if it begins now.
+
+        A container that is made anew has another host name. What it finds here it saved under
+        its old one, under which it has the leases.
+
+        Raises:
+            JournalError: The disk failed.
+        """
+        if self._node is None:
+            path = self.directory / NODE_FILE
+            try:
+                if not path.exists():
+                    logs.write_file(path, default)
+                self._node = path.read_text()
+            except OSError as error:
+                raise JournalError(f"{path} cannot be used: {error.strerror}.") from error
+        return self._node
 
     def before_fork(self) -> None:
         """Leave everything as it is: the parent goes on."""

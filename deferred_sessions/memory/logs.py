@@ -132,3 +132,14 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Put a small file in its place, whole and on disk."""
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    file = Descriptor(new)
+    _write(file.number, text.encode(), 0)
+    os.fsync(file.number)
+    new.rename(path)
+    sync_directory(path.parent)

@@ -7,8 +7,8 @@ record of a log never takes the place of a later one.
     lock the node; both logs, in order -> the store and its indexes, all due at once;
     a new log of what is dirty; the old ones away; unlock. The flusher does the rest.
 
-So it goes, too, with a store that is there and was in use without its journal, or with another
-one: what it has stays, and is in the new log.
+A store that was in use without its journal for a while, or with another one, gets a new log of
+what is dirty, too.
 """
 
 from __future__ import annotations
@@ -122,8 +122,10 @@ def recover_if_needed(journal: Journal, dbs: Databases, now: float) -> None:
     with dbs.env.begin(dbs.notes) as txn:
         if is_ours and txn.get(NOTE):
             return
-    if not is_ours:
-        journal.claim(alone=True)
+    if is_ours:  # the store has all that is in the logs; they miss some of what it has
+        _restart(journal, dbs, 0, now)
+        return
+    journal.claim(alone=True)
     _recover(journal, dbs, now)
     journal.claim(alone=False)
 
@@ -134,9 +136,7 @@ def _recover(journal: Journal, dbs: Databases, now: float) -> None:
     _set_aside(journal, found, now)
     try:
         put(dbs, found, now)
-        with dbs.env.begin(dbs.records, write=True) as txn:  # processes of this store may save
-            journal.restart(found.generation + 1, _dirty(txn, dbs), now)
-            txn.put(NOTE, b"ready", db=dbs.notes)
+        _restart(journal, dbs, found.generation + 1, now)
     except lmdb.MapFullError as error:
         raise StoreUnavailableError(TOO_SMALL.format(len(found.newest))) from error
     if found.frames:
@@ -149,6 +149,13 @@ def _recover(journal: Journal, dbs: Databases, now: float) -> None:
             found.unreadable,
             extra={"action": "recovered", "count": len(found.newest)},
         )
+
+
+def _restart(journal: Journal, dbs: Databases, generation: int, now: float) -> None:
+    """Begin a new log with what is dirty; processes of this store may save meanwhile."""
+    with dbs.env.begin(dbs.records, write=True) as txn:
+        journal.restart(generation, _dirty(txn, dbs), now)
+        txn.put(NOTE, b"ready", db=dbs.notes)
 
 
 def forget(dbs: Databases) -> None:

@@ -293,6 +293,14 @@ class HostStore(Transactions):
         """Return the random name that this store got when it was made."""
         return (self._file.databases or self._file.open()).incarnation
 
+    def node(self, default: str) -> str:
+        """Return the name of this node, which is not set: the one that its journal began with.
+
+        Raises:
+            JournalError: see there.
+        """
+        return default if self.journal is None else self.journal.node(default)
+
     def clear(self) -> None:
         """Remove every record. For tests: what was dirty is lost."""
         self._write(tables.clear)

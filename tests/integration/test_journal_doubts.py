@@ -106,6 +106,29 @@ def test_a_host_that_was_off_for_days_brings_nothing_back(
     assert SessionStore(session.session_key).load() == {}
 
 
+# Hosts with another name
+
+
+@pytest.mark.parametrize("how", ["flushed", "loaded"])
+def test_a_container_that_is_made_anew(
+    journaled: Callable[..., Runtime], directory: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Its host name is another; the journal, on a volume, tells under which it had its leases."""
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    name = get_runtime().fleet.owner().partition("#")[0]
+    was = os.uname()
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "anew", *was[2:])))
+    runtime = lose_power(directory)
+    if how == "flushed":
+        report = runtime.flusher.flush_once(time.time())
+        assert (report.rows, report.fenced, report.remaining) == (1, 0, 0)
+        assert row(session.session_key) == {"n": 1}
+    assert SessionStore(session.session_key).load() == {"n": 1}
+    assert runtime.fleet.owner().startswith(f"{name}#")
+
+
 # Disks that take nothing
 
 

@@ -115,3 +115,14 @@ def test_a_clock_that_was_set_back_by_long(host: Host, now: float) -> None:
     records.put(host.store, key(2), at=now - YEARS)
     keeper.keep_once(now - YEARS)
     assert host.journal.generation() == 3
+
+
+def test_logs_are_left_alone_while_somebody_reads_them(host: Host, now: float) -> None:
+    """What is mapped must not be cut off: `recoversessions --check` on a site that runs."""
+    keeper = keeper_of(host)
+    records.put(host.store, key(1), at=now)
+    with keeper.at_rest():
+        keeper_of(host).keep_once(now)
+        assert host.journal.generation() == 1
+    keeper.keep_once(now)
+    assert host.journal.generation() == 2

@@ -43,7 +43,8 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
 
     def _check(self, journal: Journal) -> None:
-        found = recovery.read(journal)
+        with get_runtime().flusher.journal.at_rest():
+            found = recovery.read(journal)
         self.stdout.write(
             f"{journal.directory}: {found.frames:,} records of {len(found.newest):,} sessions; "
             f"{found.unreadable:,} of a layout that this version does not read."
