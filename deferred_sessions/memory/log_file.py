@@ -92,6 +92,11 @@ def encode(name: bytes, data: bytes, offset: int, seed: int) -> bytes:
     return body + _TAIL.pack(crc32(body, seed), END)
 
 
+def is_frame(data: bytes) -> bool:
+    """Tell whether `data` looks like the beginning of a frame."""
+    return data[:4] == START.to_bytes(4, "little")
+
+
 def frames(log: memoryview, seed: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield the records of a log, up to the first frame that is not whole.
 

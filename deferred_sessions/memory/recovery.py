@@ -212,6 +212,7 @@ def _logs(journal: Journal, rejected: list[tuple[Path, str]]) -> Iterator[tuple[
             continue
         with path.open("rb") as file:
             start = file.read(log_file.HEADER_SIZE)
+            has_frames = log_file.is_frame(file.read(log_file.HEADER_SIZE))
         try:
             header = Header.decode(start, path)
         except JournalError as error:
@@ -221,6 +222,8 @@ def _logs(journal: Journal, rejected: list[tuple[Path, str]]) -> Iterator[tuple[
             rejected.append((path, f"{path} belongs to another project or database."))
         elif header is not None:
             yield header, path
+        elif has_frames:
+            rejected.append((path, f"{path} has records, but its header is damaged."))
 
 
 def _mapped(path: Path) -> memoryview:

@@ -179,6 +179,19 @@ def test_records_of_a_later_release_are_kept(
     assert set(host.records()) == {key(1)}
 
 
+def test_a_header_that_is_damaged(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """Its records cannot be told from forged ones; they are kept, and that is said."""
+    put(host.store, key(1))
+    log = host.active()
+    with log.open("r+b") as file:
+        file.seek(20)
+        file.write(b"\xff")
+    host.lose_power()
+    assert host.records() == {}
+    assert "has records, but its header is damaged. It is left alone" in caplog.text
+    assert len(list(host.logs.glob("log.*.rejected-*"))) == 1
+
+
 # Disks
 
 
