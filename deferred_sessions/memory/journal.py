@@ -326,7 +326,12 @@ class Journal:
         """Have on disk what the log of this generation was told up to `position`."""
         if position <= _synced(words, generation):
             return
-        opened = self._open(generation)
+        try:
+            opened = self._open(generation)
+        except JournalError:
+            if words[_GENERATION] == generation:
+                raise
+            return  # swapped in this moment, and a swap syncs
         try:
             logs.sync(opened.active, _synced(words, generation), position)
         except OSError as error:

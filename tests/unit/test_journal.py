@@ -379,6 +379,7 @@ def test_d04_two_logs_are_swapped(host: Host) -> None:
     assert host.active() != first
     assert host.journal.swapped_at() == pytest.approx(NOW + 5)
     assert host.journal.retired() > HEADER_SIZE
+    assert host.journal.unsynced() == 0
     put(host.store, key(2), payload=b"two")
     host.lose_power()
     assert set(host.records()) == {key(1), key(2)}
