@@ -46,7 +46,7 @@ class Logs(NamedTuple):
 
     generation: int
     seed: int
-    """What the checksums of the active log begin with; 0 if it is not a log."""
+    """What the checksums of the active log begin with, and no other log's; 0 if it is none."""
     files: tuple[Descriptor, Descriptor]
     active: int
     """The descriptor of the one that is written to."""
@@ -58,15 +58,14 @@ class Logs(NamedTuple):
         """Open the files.
 
         Raises:
-            JournalError: They cannot be opened, or the active one is something else.
+            JournalError: They cannot be opened, or the active one is no log.
         """
         files = (Descriptor(directory / LOGS[0]), Descriptor(directory / LOGS[1]))
         numbers = [file.number for file in files]
         active, resting = numbers[generation & 1], numbers[(generation + 1) & 1]
         path = directory / LOGS[generation & 1]
         header = Header.decode(os.pread(active, HEADER_SIZE, 0), path)
-        is_it = header is not None and header.generation == generation
-        return cls(generation, header.seed if header and is_it else 0, files, active, resting)
+        return cls(generation, 0 if header is None else header.seed, files, active, resting)
 
 
 def begin(

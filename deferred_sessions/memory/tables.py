@@ -193,15 +193,23 @@ def restore(
         (dbs.used, list(tombstones)),
     ):
         cursor = txn.cursor(database)
-        cursor.putmulti(items, append=_is_behind(txn, database, items))
+        is_dup = database is dbs.used
+        cursor.putmulti(items, append=_is_behind(txn, database, items, is_dup=is_dup))
 
 
 def _is_behind(
-    txn: lmdb.Transaction, database: lmdb._Database, items: list[tuple[bytes, bytes]]
+    txn: lmdb.Transaction,
+    database: lmdb._Database,
+    items: list[tuple[bytes, bytes]],
+    *,
+    is_dup: bool = False,
 ) -> bool:
     """Tell whether all of `items`, which are in order, come after all that is there."""
     cursor = txn.cursor(database)
-    return not items or not cursor.last() or cursor.item() < items[0]
+    if not items or not cursor.last():
+        return True
+    # Of the keys alone, where each has one value: what has the same key is to be looked at.
+    return cursor.item() < items[0] and (is_dup or cursor.key() < items[0][0])
 
 
 def _gives_way(txn: lmdb.Transaction, dbs: Databases, name: bytes, data: bytes) -> bool:

@@ -20,6 +20,7 @@ from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import JournalError, RecordCorruptError, StoreFullError
 from deferred_sessions.memory import recovery
 from deferred_sessions.memory.journal import Journal
+from deferred_sessions.memory.log_file import Header
 from deferred_sessions.memory.logs import LOGS, Descriptor
 from deferred_sessions.memory.store import HostStore
 from tests.unit import records
@@ -208,6 +209,7 @@ def test_a_full_journal_holds_no_flusher_up(host: Host, monkeypatch: pytest.Monk
         patch.setattr(os, "pwrite", refuse)
         host.store.update_many(later)
         assert host.store.status().dirty == 3
+        assert {record.due_at for record in host.store.scan()} == {NOW + POLICY.interval}
         assert len(host.store.due(NOW + 100, limit=9)) == 3
         with pytest.raises(StoreFullError, match="Read-only"):
             save(host.store, key(1), b"x", at=NOW)
@@ -346,14 +348,50 @@ def test_a_store_without_its_journal_for_a_while(host: Host) -> None:
 
 def test_it_comes_back_while_others_save(host: Host) -> None:
     """Processes that had the journal all the time go on in the new log."""
-    put(host.store, key(1))
+    ready, go = FORK.Event(), FORK.Event()
+
+    def live() -> None:
+        put(host.store, key(1))
+        ready.set()
+        go.wait(30)
+        put(host.store, key(4))
+        host.journal.sync(NOW)
+
+    process = FORK.Process(target=live)
+    process.start()
+    assert ready.wait(30)
     plain = HostStore(host.place / "store", size=8 * MIB, identity="tests")
     assert in_another_process(lambda: put(plain, key(2))) == 0
     assert in_another_process(lambda: put(host._start(), key(3))) == 0
-    put(host.store, key(4))
-    host.journal.sync(NOW)
+    go.set()
+    process.join(30)
     host.lose_power()
     assert set(host.records()) == {key(1), key(2), key(3), key(4)}
+
+
+def test_a_log_that_is_exchanged_under_a_process(host: Host) -> None:
+    """Nothing goes into a log that this store has not begun."""
+    put(host.store, key(1))
+    header = Header.new(host.journal.generation(), host.identity).encode()
+    host.active().write_bytes(header.ljust(MIB, b"\0"))
+    host.journal._logs = None
+    with pytest.raises(JournalError, match="was exchanged while it was in use"):
+        put(host.store, key(2))
+
+
+def test_a_later_lease_counts_more_than_a_later_version(host: Host) -> None:
+    """What memory has was refused: another node had gone on from before, and gave it back."""
+    mine = records.put(host.store, key(1), at=NOW)._replace(version=9, fence=1)
+    theirs = mine._replace(version=5, fence=3, payload=b"gone on from")
+    host.store.update(key(1), lambda _: theirs)
+    host.journal.sync(NOW)
+    host.store.close()
+    shutil.rmtree(host.place / "store")
+    plain = HostStore(host.place / "store", size=8 * MIB, identity="tests")
+    plain.update(key(1), lambda _: mine)
+    plain.close()
+    host.store = host._start()
+    assert host.records()[key(1)].payload == b"gone on from"
 
 
 @pytest.mark.parametrize("what", ["moved", "removed"])
