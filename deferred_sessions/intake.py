@@ -18,6 +18,7 @@ from deferred_sessions.encoding import RowEncoder
 from deferred_sessions.exceptions import (
     RecordCorruptError,
     RowLockedError,
+    RowRefusedError,
     ServerUnavailableError,
     StoreFullError,
 )
@@ -33,6 +34,7 @@ from deferred_sessions.writer import RecordWriter
 security_logger = logging.getLogger("django.security.SuspiciousSession")  # as Django does
 
 ATTEMPTS: Final = 4  # at reading a row while records are being removed from memory
+UNCERTAIN: Final = "What the journal has of a session is not settled yet. Please try again."
 
 
 class Found(NamedTuple):
@@ -103,7 +105,9 @@ class Intake:
         for _ in range(ATTEMPTS):
             found, is_done = self._take_once(key, now)
             if is_done:
-                break
+                return found
+        if found is None:  # which would say that there is no such session
+            raise ServerUnavailableError(UNCERTAIN)
         return found
 
     def _take_once(self, key: str, now: float) -> tuple[Found | None, bool]:
@@ -126,12 +130,12 @@ class Intake:
         """Have PostgreSQL judge what the journal had, under the fence it was saved under.
 
         So it stands if nobody has taken over since, and is refused and kept if somebody has.
-        While PostgreSQL is away, it is all there is.
+        While PostgreSQL is away, or does not take it, it is all there is.
         """
         try:
             with self._servers.outside():
                 self._writer.write([Dirty.of(known)], now)
-        except ServerUnavailableError:
+        except (ServerUnavailableError, RowRefusedError):
             return Found(known, is_kept=True), True
         return None, False
 

@@ -52,9 +52,9 @@ class JournalKeeper:
                 self._flush(now)
                 self._reset_if_done(journal)
             if not journal.retired():
-                journal.prepare()
+                header = journal.prepare()
                 journal.sync(now)  # so that the swap, for which savers wait, has little to sync
-                self._store.swap_journal(now)
+                self._store.swap_journal(header, now)
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -70,5 +70,6 @@ class JournalKeeper:
         return journal.is_large() or (age >= self._age and not journal.is_empty())
 
     def _reset_if_done(self, journal: Journal) -> None:
-        if journal.retired() and not self._store.needs_log(journal.generation() - 1):
-            journal.reset()
+        generation = journal.generation()
+        if journal.retired() and not self._store.needs_log(generation - 1):
+            self._store.reset_journal(generation)

@@ -123,6 +123,7 @@ def saved(  # noqa: PLR0917 - positional, because each save pays for keywords
         return touched(record, expires_at=expires_at, now=now, policy=policy)
     updates += 1
     flags = CHANGED | TOUCHED if expires_at > stored_expires_at else CHANGED
+    flags |= old_flags & RECOVERED
     if flags != old_flags or (due_at > now and policy.has_reached_count(updates, requests)):
         due_at = policy.due_at(
             now,
@@ -151,7 +152,7 @@ def touched(
     if expires_at == record.expires_at:
         return record
     after = record._replace(
-        flags=(record.flags & CHANGED) | _touch_flag(record, expires_at),
+        flags=(record.flags & (CHANGED | RECOVERED)) | _touch_flag(record, expires_at),
         expires_at=expires_at,
         used_at=used(record, now=now).used_at,
     )
@@ -269,6 +270,11 @@ def recovered(record: SessionRecord, *, now: float) -> SessionRecord:
         used_at=now,
         entered_at=now,
     )
+
+
+def certain(record: SessionRecord) -> SessionRecord:
+    """Return `record` as one that PostgreSQL has judged, and that stands."""
+    return record._replace(flags=record.flags & ~RECOVERED)
 
 
 def confirmed(

@@ -91,7 +91,7 @@ class Outcome:
         for dirty in self.outdated:
             mark(dirty, partial(_outdated, now))
         for dirty in self.incomplete:
-            mark(dirty, partial(_due_now, now))
+            mark(dirty, partial(_incomplete, now))
         return marks
 
 
@@ -122,8 +122,8 @@ def _superseded(version: int, record: SessionRecord | None) -> SessionRecord | N
     return None
 
 
-def _due_now(now: float, record: SessionRecord | None) -> SessionRecord | None:
-    return record and lifecycle.due_again(record, due_at=now)
+def _incomplete(now: float, record: SessionRecord | None) -> SessionRecord | None:
+    return record and lifecycle.certain(lifecycle.due_again(record, due_at=now))
 
 
 def _outdated(now: float, record: SessionRecord | None) -> SessionRecord | None:

@@ -30,7 +30,7 @@ from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import CLOSED, RECOVERED, SHUT, TOMBSTONE, SessionRecord
+from deferred_sessions.record import CLOSED, DIRTY, RECOVERED, SHUT, TOMBSTONE, SessionRecord
 from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.write_through import WriteThrough
@@ -337,9 +337,10 @@ class Tiers:
         except StoreFullError:
             # PostgreSQL remembers deletions, too: with it alone nobody has to stay logged in
             # because a disk is full.
-            if not self._write_through.delete_unknown(key, now):
+            if not self._write_through.delete_for_good(key, now):
                 raise
-            return self._store.update(key, lambda _: None)[0]
+            buried = partial(self._buried, key, now)
+            return self._store.bury_unlogged(key, buried)[0]
 
     def _bury(self, key: str, now: float) -> SessionRecord | None:
         burial = partial(lifecycle.deleted, key=key, now=now, policy=self._policy)
@@ -352,8 +353,15 @@ class Tiers:
             before = self._store.bury(key, lambda known: due_now(burial(known)))[0]
         elif tombstone.is_dirty:
             self._write_through.write(tombstone, now)
+            found = self._store.head(key)
+            if found is not None and not found.flags & DIRTY:
+                return before  # PostgreSQL has it, on a disk of its own
         self._store.make_durable(now)
         return before
+
+    def _buried(self, key: str, now: float, record: SessionRecord | None) -> SessionRecord | None:
+        burial = partial(lifecycle.deleted, key=key, now=now, policy=self._policy)
+        return record and lifecycle.buried(burial(record), now=now)
 
     def _entry(self, record: SessionRecord) -> Entry[Snapshot]:
         return Entry(record.version, record.entered_at, self._codec.decode(record.payload))

@@ -171,6 +171,19 @@ class WriteThrough:
         is_certain = self._servers.is_whole() and self._servers.shape() == shape
         return is_everywhere and is_certain
 
+    def delete_for_good(self, key: str, now: float) -> bool:
+        """Delete a row that may not be there yet, for a node that cannot remember it on disk.
+
+        Returns whether that is certain, and PostgreSQL remembers it. Raises nothing.
+        """
+        try:
+            with self._servers.at(key).attempt():
+                self._servers.at(key).remember_deletion([key])
+        except (ServerUnavailableError, RowRefusedError) as error:
+            self._log_postponed(error, now)
+            return False
+        return self.delete_unknown(key, now)
+
     def _inserted(self, columns: Columns, now: float) -> int:
         """Insert the session; wait for the next server only if memory alone may not keep it."""
 

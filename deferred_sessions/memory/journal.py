@@ -17,7 +17,8 @@ import fcntl
 import mmap
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -74,24 +75,37 @@ class Journal:
 
     # Whose it is
 
-    def claim(self, *, alone: bool) -> None:
-        """Keep processes of other stores from these logs; `alone`: while they are made anew.
+    def claim(self) -> None:
+        """Keep other stores from these logs for as long as this process has the journal open.
 
         Raises:
-            JournalError: Such a process has them in use.
+            JournalError: A process of another store has them in use.
         """
         forks.watch(self)
+        make_private(self.directory)
+        claim = Descriptor.of_lock(self.directory / CLAIM_FILE)
+        self._lock(claim, fcntl.LOCK_SH)
+        self._claim = claim  # the one of before, if any, goes only now
+
+    @contextmanager
+    def claimed_alone(self) -> Iterator[None]:
+        """Keep everybody else from the logs for the block, in which they become this store's.
+
+        Raises:
+            JournalError: Another process has them in use.
+        """
         claim = self._claim
         if claim is None:
-            make_private(self.directory)
-            claim = Descriptor(self.directory / CLAIM_FILE)
-        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+            raise JournalError(f"Nobody has claimed the journal in {self.directory}.")
+        self._lock(claim, fcntl.LOCK_EX)
+        yield
+        self._lock(claim, fcntl.LOCK_SH)
+
+    def _lock(self, claim: Descriptor, kind: int) -> None:
         try:
             fcntl.flock(claim.number, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._claim = None
             raise JournalError(TAKEN.format(self.directory)) from error
-        self._claim = claim
 
     def is_ours(self) -> bool:
         """Tell whether the logs are those of this store; otherwise it does not know what they say.
@@ -99,14 +113,15 @@ class Journal:
         Raises:
             OSError: They cannot be read.
         """
-        words = self._words or self._map()
-        generation = words[_GENERATION]
-        path = self.directory / LOGS[generation & 1]
-        try:
-            with path.open("rb") as file:
-                header = Header.decode(file.read(HEADER_SIZE), path)
-        except (FileNotFoundError, JournalError):
-            return False
+        words, generation, header = self._words or self._map(), -1, None
+        while words[_GENERATION] != generation:  # or a swap came in between
+            generation = words[_GENERATION]
+            path = self.directory / LOGS[generation & 1]
+            try:
+                with path.open("rb") as file:
+                    header = Header.decode(file.read(HEADER_SIZE), path)
+            except (FileNotFoundError, JournalError):
+                header = None
         known = generation, words[_SEED + (generation & 1)]
         return header is not None and (header.generation, header.seed) == known
 
@@ -116,18 +131,12 @@ class Journal:
         A container that is made anew has another host name. What it finds here it saved under
         its old one, under which it has the leases.
 
-        Raises:
-            JournalError: The disk failed.
+        If it cannot be kept, as on a disk that fails, it is the default.
         """
         if self._node is None:
-            path = self.directory / NODE_FILE
-            try:
-                if not path.exists():
-                    logs.write_file(path, default)
-                self._node = path.read_text()
-            except OSError as error:
-                raise JournalError(f"{path} cannot be used: {error.strerror}.") from error
-        return self._node
+            with suppress(OSError):
+                self._node = logs.kept_text(self.directory / NODE_FILE, default)
+        return self._node or default
 
     def before_fork(self) -> None:
         """Leave everything as it is: the parent goes on."""
@@ -146,13 +155,17 @@ class Journal:
         a change that nobody was told of.
 
         Raises:
-            StoreFullError: The log is full, or its disk. Nothing may be committed.
+            StoreFullError: The log is full, or its disk, or it cannot be opened. Nothing may be
+                committed.
         """
         words = self._words or self._map()
         generation = words[_GENERATION]
         opened = self._logs
         if opened is None or opened[0] != generation:
-            opened = self._open(generation)
+            try:
+                opened = self._open(generation)
+            except JournalError as error:
+                raise StoreFullError(str(error)) from error
         active = generation & 1
         position = words[_POSITION + active]
         frame = log_file.encode(name, data, position, opened[1])
@@ -168,16 +181,32 @@ class Journal:
             raise StoreFullError("The disk of the journal is full.")
         words[_POSITION + active] = position + len(frame)
 
-    def swap(self, now: float) -> None:
-        """Retire the active log and go on in the other, which `prepare` has made ready."""
+    def swap(self, header: Header, now: float) -> None:
+        """Retire the active log and go on in the other, which `prepare` has made ready.
+
+        Nothing is done if the logs were begun anew meanwhile.
+        """
         words = self._words or self._map()
         generation = words[_GENERATION]
         other = (generation + 1) & 1
+        if header.generation != generation + 1:
+            return
         self._sync_to(words, generation, words[_POSITION + (generation & 1)])
         words[_SYNCED + other] = _stamp(generation + 1, HEADER_SIZE)
         words[_POSITION + other] = HEADER_SIZE
+        words[_SEED + other] = header.seed
         words[_SWAPPED_AT] = int(now * 1e6)
         words[_GENERATION] = generation + 1
+
+    def reset(self, generation: int) -> None:
+        """Give the space of the log before this generation back, if it is still the active one."""
+        words = self._words or self._map()
+        if words[_GENERATION] != generation:
+            return
+        opened = self._open(generation)
+        os.ftruncate(opened.resting, 0)
+        words[_SYNCED + ((generation + 1) & 1)] = 0
+        words[_POSITION + ((generation + 1) & 1)] = 0
 
     # At any time
 
@@ -271,22 +300,13 @@ class Journal:
 
     # Housekeeping, by one process at a time
 
-    def prepare(self) -> None:
-        """Make the resting log ready for `swap`: its space, and its header, on disk."""
+    def prepare(self) -> Header:
+        """Make the resting log ready for `swap`, on disk: its space, and its header."""
         generation = self.generation()
         header = Header.new(generation + 1, self.identity)
         opened = self._open(generation)
         self._begin(opened.resting, header)
-        (self._words or self._map())[_SEED + ((generation + 1) & 1)] = header.seed
-
-    def reset(self) -> None:
-        """Give the space of the retired log back."""
-        words = self._words or self._map()
-        generation = words[_GENERATION]
-        opened = self._open(generation)
-        os.ftruncate(opened.resting, 0)
-        words[_SYNCED + ((generation + 1) & 1)] = 0
-        words[_POSITION + ((generation + 1) & 1)] = 0
+        return header
 
     def restart(self, generation: int, records: Iterable[tuple[bytes, bytes]], now: float) -> None:
         """Begin anew with a log of these records alone, durable on return.
@@ -307,17 +327,23 @@ class Journal:
             new.unlink()
             raise
         new.rename(path)
-        other.unlink(missing_ok=True)
         logs.sync_directory(self.directory)
+        # Whoever is killed here leaves processes of this store that go on in the other log.
         active = generation & 1
         words[_SEED + active] = header.seed
-        words[_POSITION + active], words[_POSITION + 1 - active] = position, 0
-        words[_SYNCED + active], words[_SYNCED + 1 - active] = _stamp(generation, position), 0
+        words[_POSITION + active] = position
+        words[_SYNCED + active] = _stamp(generation, position)
         words[_SWAPPED_AT] = words[_SYNCED_AT] = int(now * 1e6)
         words[_GENERATION] = generation
+        words[_POSITION + 1 - active] = words[_SYNCED + 1 - active] = 0
+        other.unlink(missing_ok=True)
+
+    def let_go(self) -> None:
+        """Close what is open, but for the claim; the next use opens it again."""
+        self._words = self._logs = None
 
     def close(self) -> None:
-        """Let go of what is open; the next use opens it again."""
+        """Close what is open; the next use opens it again."""
         self._words = self._logs = self._claim = None
 
     # Inside

@@ -6,6 +6,7 @@ them, whatever other threads do; the files are closed when the last one lets go.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,13 +29,17 @@ class Descriptor:
 
     __slots__ = ("number",)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> None:
         self.number = -1
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            self.number = os.open(path, flags, 0o600)
+            self.number = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise JournalError(f"{path} cannot be opened: {error.strerror}.") from error
+
+    @classmethod
+    def of_lock(cls, path: Path) -> Descriptor:
+        """Open a file that is only there to be locked; on a disk that is read-only, too."""
+        return cls(path, os.O_RDONLY) if path.exists() else cls(path)
 
     def __del__(self, close=os.close) -> None:  # type: ignore[no-untyped-def]
         if self.number >= 0:
@@ -133,12 +138,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Put a small file in its place, whole and on disk."""
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    file = Descriptor(new)
-    _write(file.number, text.encode(), 0)
-    os.fsync(file.number)
-    new.rename(path)
-    sync_directory(path.parent)
+def kept_text(path: Path, default: str) -> str:
+    """Return the text of a small file; the first who asks puts `default` there.
+
+    Raises:
+        OSError: It can neither be read nor made.
+    """
+    if path.exists() and (text := path.read_text()):
+        return text
+    file = Descriptor(path)
+    fcntl.flock(file.number, fcntl.LOCK_EX)
+    if not os.fstat(file.number).st_size:
+        os.pwrite(file.number, default.encode(), 0)
+        os.fsync(file.number)
+        sync_directory(path.parent)
+    return path.read_text()

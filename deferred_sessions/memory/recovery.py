@@ -32,7 +32,8 @@ from deferred_sessions.record import encode_recovered, version_of
 
 logger = logging.getLogger(__name__)
 
-NOTE: Final = b"journal"  # stands in a store that has all that its journal has
+NOTE: Final = b"journal"  # stands in a store that has all that its journal has, and says
+READY, BEHIND = b"ready", b"behind"  # whether the journal has all that the store has
 PART: Final = 5000  # records per transaction
 INTERVAL: Final = 2.0  # seconds between two messages
 TOO_SMALL: Final = (
@@ -117,17 +118,16 @@ def recover_if_needed(journal: Journal, dbs: Databases, now: float) -> None:
         StoreUnavailableError: The journal holds more than the store has room for.
         JournalError: There is no room for a new log, or another store has the journal in use.
     """
-    journal.claim(alone=False)
-    is_ours = journal.is_ours()
+    journal.claim()
     with dbs.env.begin(dbs.notes) as txn:
-        if is_ours and txn.get(NOTE):
-            return
-    if is_ours:  # the store has all that is in the logs; they miss some of what it has
-        _restart(journal, dbs, 0, now)
+        state = bytes(txn.get(NOTE, b""))
+    # Without a note the store is new, though its directory may know the logs from before.
+    if state and journal.is_ours():
+        if state == BEHIND:  # the store has all that is in the logs, they miss some of what it has
+            _restart(journal, dbs, 0, now)
         return
-    journal.claim(alone=True)
-    _recover(journal, dbs, now)
-    journal.claim(alone=False)
+    with journal.claimed_alone():
+        _recover(journal, dbs, now)
 
 
 def _recover(journal: Journal, dbs: Databases, now: float) -> None:
@@ -154,17 +154,17 @@ def _recover(journal: Journal, dbs: Databases, now: float) -> None:
 def _restart(journal: Journal, dbs: Databases, generation: int, now: float) -> None:
     """Begin a new log with what is dirty; processes of this store may save meanwhile."""
     with dbs.env.begin(dbs.records, write=True) as txn:
+        txn.put(NOTE, READY, db=dbs.notes)
         journal.restart(generation, _dirty(txn, dbs), now)
-        txn.put(NOTE, b"ready", db=dbs.notes)
 
 
 def forget(dbs: Databases) -> None:
     """Note that this store is in use without its journal, which misses what happens from now on."""
     with dbs.env.begin(dbs.notes) as txn:
-        if not txn.get(NOTE):
+        if txn.get(NOTE) != READY:
             return
     with dbs.env.begin(dbs.notes, write=True) as txn:
-        txn.delete(NOTE)
+        txn.put(NOTE, BEHIND)
 
 
 def _set_aside(journal: Journal, found: Findings, now: float) -> None:
@@ -176,8 +176,10 @@ def _set_aside(journal: Journal, found: Findings, now: float) -> None:
     if not found.unreadable:
         return
     for path in (journal.directory / name for name in LOGS):
-        aside = path.with_name(f"{path.name}.unreadable-{int(now)}")
-        if path.exists() and path.stat().st_size:
+        if not path.exists() or not path.stat().st_size:
+            continue
+        aside = path.with_name(f"{path.name}.unreadable-{path.stat().st_ino}")
+        if not aside.exists():
             aside.hardlink_to(path)
             logger.error(
                 "%d records of the journal are of another release; they stay in %s.",

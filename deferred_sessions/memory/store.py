@@ -23,6 +23,7 @@ from deferred_sessions.memory import eviction, handing, tables
 from deferred_sessions.memory.directory import PAGE, other_owners
 from deferred_sessions.memory.environment import Databases, Log, MappedFile
 from deferred_sessions.memory.journal import Journal
+from deferred_sessions.memory.log_file import Header
 from deferred_sessions.memory.recovery import forget, recover_if_needed
 from deferred_sessions.memory.tables import Change, Dirty, Transition
 from deferred_sessions.memory.transactions import BATCH, Transactions
@@ -87,10 +88,15 @@ class HostStore(Transactions):
         if self.journal is not None and self.is_strict:
             self.journal.wait(now)
 
-    def swap_journal(self, now: float) -> None:
-        """Go on in the other log of the journal, between two changes."""
+    def swap_journal(self, header: Header, now: float) -> None:
+        """Go on in the other log of the journal, between two changes; `header` is what it has."""
         if self.journal is not None:
-            self._write(lambda _txn, _dbs, journal: journal.swap(now), self.journal)
+            self._write(lambda _txn, _dbs, journal: journal.swap(header, now), self.journal)
+
+    def reset_journal(self, generation: int) -> None:
+        """Give the space of the log before this one back, which nobody needs."""
+        if self.journal is not None:
+            self._write(lambda _txn, _dbs, journal: journal.reset(generation), self.journal)
 
     def needs_log(self, generation: int) -> bool:
         """Tell whether only this log of the journal, or an older one, may have some change.
@@ -139,6 +145,10 @@ class HostStore(Transactions):
     def bury(self, key: str, transition: Transition) -> Change:
         """Do `update` for a deletion, which may use the room kept back for removing."""
         return self._write(tables.update, key, transition, True)
+
+    def bury_unlogged(self, key: str, transition: Transition) -> Change:
+        """Do `bury` past a journal that takes nothing; PostgreSQL must know of the deletion."""
+        return self._write(tables.update_unlogged, key, transition)
 
     def removals(self, key: str) -> bytes:
         """Return what tells `keep` what was removed since; ask before you ask PostgreSQL."""
@@ -348,7 +358,7 @@ def _recovered(journal: Journal | None, dbs: Databases) -> Log | None:
     if journal is None:
         forget(dbs)
         return None
-    journal.close()  # what is open may be of the store that was here before
+    journal.let_go()  # what is open may be of the store that was here before
     try:
         recover_if_needed(journal, dbs, time.time())
     except BaseException:

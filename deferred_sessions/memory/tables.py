@@ -119,6 +119,13 @@ def update(
     return before, after
 
 
+def update_unlogged(
+    txn: lmdb.Transaction, dbs: Databases, key: str, transition: Transition
+) -> Change:
+    """Do `update` past the journal."""
+    return update(txn, dbs._replace(log=None), key, transition, True)
+
+
 def keep(
     txn: lmdb.Transaction,
     dbs: Databases,
@@ -209,7 +216,7 @@ def _is_behind(
     if not items or not cursor.last():
         return True
     # Of the keys alone, where each has one value: what has the same key is to be looked at.
-    return cursor.item() < items[0] and (is_dup or cursor.key() < items[0][0])
+    return cursor.item() < items[0] and (is_dup or bytes(cursor.key()) < items[0][0])
 
 
 def _gives_way(txn: lmdb.Transaction, dbs: Databases, name: bytes, data: bytes) -> bool:

@@ -147,4 +147,4 @@ def _delete_and_remember(keys: Sequence[str], server: SessionServer) -> None:
 
 
 def _remember(keys: Sequence[str], server: SessionServer) -> None:
-    server.run(fleet_sql.RECORD_DELETION, [server.owner(), list(keys)])
+    server.remember_deletion(keys)

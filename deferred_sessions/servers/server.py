@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, LiteralString
 
 from deferred_sessions.exceptions import ServerUnavailableError
-from deferred_sessions.servers import sql
+from deferred_sessions.servers import fleet_sql, sql
 from deferred_sessions.servers.breaker import Breaker
 from deferred_sessions.servers.connection import ServerConnection
 from deferred_sessions.servers.rows import Columns, Revocation, Revocations, Row, State
@@ -174,13 +174,18 @@ class SessionServer(ServerConnection):
 
     def revoked(self, keys: Iterable[str]) -> set[str]:
         """Return those of `keys` that somebody deleted or changed in the last day."""
-        return {key for (key,) in self.run(sql.REVOKED, [sorted(keys)])}
+        asked = sorted(keys)
+        return {key for (key,) in self.run(sql.REVOKED, [asked, asked])}
 
     def revoked_since(self, created: Mapping[str, float]) -> set[str]:
         """Return those of these keys that somebody deleted or changed after they were created."""
         keys = sorted(created)
-        found = self.run(sql.REVOKED_SINCE, [keys, [created[key] for key in keys]])
+        found = self.run(sql.REVOKED_SINCE, [keys, [created[key] for key in keys], keys])
         return {key for (key,) in found}
+
+    def remember_deletion(self, keys: Iterable[str]) -> None:
+        """Have it on record that these were deleted, also where there is no row."""
+        self.run(fleet_sql.RECORD_DELETION, [self.owner(), list(keys)])
 
     def prune_revocations(self, before: float) -> None:
         """Remove revocations that were made before this time."""

@@ -238,19 +238,24 @@ process says so: another one may lack what this one had (failover, recovery)."""
 REVOKED: Final[LiteralString] = """
     SELECT key
       FROM unnest(%b::text[]) AS key
-     WHERE EXISTS (SELECT 1
+     WHERE key IN (SELECT session_key
                      FROM deferred_sessions_revocation
-                    WHERE session_key = key OR session_key IS NULL)
+                    WHERE session_key = ANY(%b::text[]))
+        OR EXISTS (SELECT 1
+                     FROM deferred_sessions_revocation
+                    WHERE session_key IS NULL)
 """
 """Which of these keys somebody deleted or changed, as far as is remembered."""
 
 REVOKED_SINCE: Final[LiteralString] = """
     SELECT session.key
       FROM unnest(%b::text[], %b::float8[]) AS session (key, created)
-     WHERE EXISTS (SELECT 1
-                     FROM deferred_sessions_revocation
-                    WHERE session_key = session.key
-                       OR session_key IS NULL AND made_at > to_timestamp(session.created))
+     WHERE session.key IN (SELECT session_key
+                             FROM deferred_sessions_revocation
+                            WHERE session_key = ANY(%b::text[]))
+        OR to_timestamp(session.created) < (SELECT max(made_at)
+                                              FROM deferred_sessions_revocation
+                                             WHERE session_key IS NULL)
 """
 """The same, but an end of all sessions is one of those alone that were there."""
 

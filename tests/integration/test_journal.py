@@ -17,7 +17,7 @@ from django.core.management import CommandError, call_command
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.management.commands import sessionstats
 from deferred_sessions.memory.journal import Journal
-from deferred_sessions.memory.log_file import HEADER_SIZE
+from deferred_sessions.memory.log_file import HEADER_SIZE, Header
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
 from tests.integration.conftest import Outage, change, created, record, row
@@ -276,7 +276,8 @@ def test_without_a_journal_there_is_nothing_to_keep(runtime: Runtime) -> None:
     runtime.flusher.journal.keep_once(time.time())
     runtime.flusher.journal.sync_once(time.time())
     assert runtime.flusher.journal.interval is None
-    runtime.store.swap_journal(time.time())
+    runtime.store.swap_journal(Header.new(1, "tests"), time.time())
+    runtime.store.reset_journal(1)
 
 
 # Commands

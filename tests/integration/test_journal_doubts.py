@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from django.db import connection
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
-from tests.integration.conftest import change, created, row
+from deferred_sessions.servers import sql
+from deferred_sessions.servers.server import SessionServer
+from tests.integration.conftest import Outage, change, created, row, second_connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
 DAY = 86_400.0
@@ -36,6 +39,10 @@ def lose_power(directory: Path) -> Runtime:
     reset_runtime()
     shutil.rmtree(directory)
     return get_runtime()
+
+
+def refuse(*_: object) -> int:
+    raise OSError(errno.EROFS, "Read-only file system")
 
 
 def by_sql(statement: str) -> None:
@@ -106,6 +113,114 @@ def test_a_host_that_was_off_for_days_brings_nothing_back(
     assert SessionStore(session.session_key).load() == {}
 
 
+def save_while_away(session: SessionStore, outage: Outage) -> None:
+    """What the journal had is all there is, and goes on."""
+    outage.begin()
+    change(session, n=1)
+    outage.end()
+    get_runtime().flusher.flush_once(time.time(), everything=True)
+
+
+def test_a_save_while_postgresql_is_away_leaves_the_doubt(
+    journaled: Callable[..., Runtime], directory: Path, outage: Outage
+) -> None:
+    """A rack lost power, and PostgreSQL is the last to be back."""
+    runtime = journaled(WRITE_ON_CREATE=False)
+    session = created(_auth_user_id="7")
+    runtime.flusher.flush_once(time.time(), everything=True)
+    delete(session, "by SQL")
+    lose_power(directory)
+    save_while_away(session, outage)
+    assert row(session.session_key) is None
+
+
+def test_so_it_does_on_a_host_that_was_off_for_days(
+    journaled: Callable[..., Runtime],
+    directory: Path,
+    outage: Outage,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = journaled()
+    session = created(_auth_user_id="7")
+    change(session, n=0)
+    runtime.flusher.flush_once(time.time(), everything=True)
+    reset_runtime()
+    shutil.rmtree(directory)
+    by_sql("DELETE FROM deferred_sessions_session")
+    by_sql("DELETE FROM deferred_sessions_revocation")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 2 * DAY)
+    get_runtime().store.open()
+    save_while_away(session, outage)
+    assert row(session.session_key) is None
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_session_deleted_while_the_disk_was_broken(
+    journaled: Callable[..., Runtime],
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_new: bool,
+) -> None:
+    """PostgreSQL alone remembers it, also of a session that it has never had."""
+    journaled(WRITE_ON_CREATE=not is_new)
+    session = created(_auth_user_id="7")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", refuse)
+        SessionStore(session.session_key).delete()
+        assert SessionStore(session.session_key).load() == {}
+    lose_power(directory).flusher.flush_once(time.time(), everything=True)
+    assert row(session.session_key) is None
+    assert SessionStore(session.session_key).load() == {}
+
+
+def test_a_new_session_is_deleted_while_its_row_is_on_its_way(
+    journaled: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the disk is broken: memory knows of the deletion all the same, and repeats it."""
+    runtime = journaled(WRITE_ON_CREATE=False)
+    session = created(_auth_user_id="7")
+    real = SessionServer.insert
+
+    def log_out() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "pwrite", refuse)
+            SessionStore(session.session_key).delete()
+        connection.close()
+
+    def slow(*arguments: Any) -> int:
+        monkeypatch.setattr(SessionServer, "insert", real)
+        other = threading.Thread(target=log_out)
+        other.start()
+        other.join()
+        return real(*arguments)
+
+    monkeypatch.setattr(SessionServer, "insert", slow)
+    runtime.flusher.flush_once(time.time(), everything=True)
+    runtime.flusher.flush_once(time.time() + 100, everything=True)
+    assert SessionStore(session.session_key).load() == {}
+    assert row(session.session_key) is None
+
+
+def test_what_was_revoked_is_found_among_many(journaled: Callable[..., Runtime]) -> None:
+    """By one look at them, not one for each session: nobody has an index for that."""
+    server = journaled().server
+    by_sql("DELETE FROM deferred_sessions_revocation")
+    by_sql(
+        "INSERT INTO deferred_sessions_revocation (session_key) "
+        "SELECT 'revoked' || n FROM generate_series(1, 1000) n"
+    )
+    asked = {f"new{number}": time.time() + 60 for number in range(5)} | {"revoked7": 0.0}
+    assert server.revoked_since(asked) == server.revoked(asked) == {"revoked7"}
+    with connection.cursor() as cursor:
+        keys = [*asked]
+        parameters = [keys, [*asked.values()], keys]
+        cursor.execute(f"EXPLAIN (FORMAT TEXT) {sql.REVOKED_SINCE}".replace("%b", "%s"), parameters)
+        plan = "\n".join(line for (line,) in cursor.fetchall())
+    assert "hashed SubPlan" in plan or "Hash" in plan, plan
+    by_sql("DELETE FROM deferred_sessions_revocation")
+
+
 # Hosts with another name
 
 
@@ -134,9 +249,6 @@ def test_a_container_that_is_made_anew(
 
 @pytest.fixture
 def broken_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EROFS, "Read-only file system")
-
     return lambda: monkeypatch.setattr(os, "pwrite", refuse)
 
 
@@ -187,3 +299,43 @@ def test_a_broken_disk_and_a_session_that_is_refused(
         report = runtime.flusher.flush_once(time.time() + 1000)
         assert (report.updated, report.set_aside, report.remaining) == (5, 1, 1)
     assert [row(session.session_key) for session in good] == [{"n": 1}] * 5
+
+
+def test_a_recovered_session_that_is_refused_is_served(
+    journaled: Callable[..., Runtime], directory: Path
+) -> None:
+    """As before the crash."""
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    with refused(session):
+        lose_power(directory)
+        assert SessionStore(session.session_key).load() == {"n": 1}
+
+
+def test_a_recovered_session_whose_row_is_locked_is_served(
+    journaled: Callable[..., Runtime], directory: Path
+) -> None:
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    lose_power(directory)
+    with second_connection() as other, other.transaction():
+        other.execute("SELECT FROM deferred_sessions_session FOR UPDATE")
+        assert SessionStore(session.session_key).load() == {"n": 1}
+
+
+def test_a_logout_that_postgresql_has_needs_no_disk(
+    journaled: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With SYNC_INTERVAL 0 each save waits for it; a deletion is in PostgreSQL already."""
+    journaled(SYNC_INTERVAL=0)
+    session = created(n=0)
+    change(session, n=1)
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    SessionStore(session.session_key).delete()
+    assert row(session.session_key) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Final
 
@@ -57,3 +58,18 @@ class Host:
         )
         store.open()
         return store
+
+
+def second_process(host: Host, *, sync_interval: float = 0.1) -> Journal:
+    """Return the journal as another process of the host has it."""
+    return Journal(
+        host.logs,
+        store=host.place / "store",
+        size=MIB,
+        sync_interval=sync_interval,
+        identity=host.identity,
+    )
+
+
+def swapped(journal: Journal) -> None:
+    journal.swap(journal.prepare(), time.time())

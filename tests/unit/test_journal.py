@@ -374,8 +374,7 @@ def test_d04_two_logs_are_swapped(host: Host) -> None:
     """D04, D05: the other log goes on; the retired one gives its space back when told to."""
     put(host.store, key(1), payload=b"one")
     first = host.active()
-    host.journal.prepare()
-    host.store.swap_journal(NOW + 5)
+    host.store.swap_journal(host.journal.prepare(), NOW + 5)
     assert host.active() != first
     assert host.journal.swapped_at() == pytest.approx(NOW + 5)
     assert host.journal.retired() > HEADER_SIZE
@@ -384,9 +383,8 @@ def test_d04_two_logs_are_swapped(host: Host) -> None:
     host.lose_power()
     assert set(host.records()) == {key(1), key(2)}
 
-    host.journal.prepare()
-    host.store.swap_journal(NOW + 6)
-    host.journal.reset()
+    host.store.swap_journal(host.journal.prepare(), NOW + 6)
+    host.store.reset_journal(host.journal.generation())
     assert host.journal.retired() == 0
     resting = host.logs / LOGS[(host.journal.position()[0] + 1) & 1]
     assert resting.stat().st_size == resting.stat().st_blocks == 0
@@ -406,8 +404,7 @@ def test_another_process_sees_a_swap(host: Host) -> None:
     process = FORK.Process(target=another)
     process.start()
     assert ready.wait(30)
-    host.journal.prepare()
-    host.store.swap_journal(NOW)
+    host.store.swap_journal(host.journal.prepare(), NOW)
     swapped.set()
     process.join(30)
     assert host.journal.size() > HEADER_SIZE

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,10 @@ import pytest
 from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import JournalError, RecordCorruptError, StoreFullError
 from deferred_sessions.memory import recovery
-from deferred_sessions.memory.journal import Journal
-from deferred_sessions.memory.log_file import Header
 from deferred_sessions.memory.logs import LOGS, Descriptor
 from deferred_sessions.memory.store import HostStore
 from tests.unit import records
-from tests.unit.hosts import MIB, Host
+from tests.unit.hosts import MIB, Host, second_process, swapped
 from tests.unit.records import POLICY, key, save
 
 NOW = time.time()
@@ -33,22 +30,6 @@ FORK = multiprocessing.get_context("fork")
 
 def put(store: HostStore, key: str, *, payload: bytes = b"{}", clean: bool = False) -> None:
     records.put(store, key, at=NOW, payload=payload, clean=clean)
-
-
-def second_process(host: Host, *, sync_interval: float = 0.1) -> Journal:
-    """Return the journal as another process of the host has it."""
-    return Journal(
-        host.logs,
-        store=host.place / "store",
-        size=MIB,
-        sync_interval=sync_interval,
-        identity=host.identity,
-    )
-
-
-def swapped(journal: Journal) -> None:
-    journal.prepare()
-    journal.swap(NOW)
 
 
 # Files
@@ -62,14 +43,14 @@ def test_a_process_without_descriptors_left_writes_into_no_other_file(
     swapped(second_process(host))
     real, calls = Descriptor.__init__, itertools.count()
 
-    def too_many(self: Descriptor, path: Path) -> None:
+    def too_many(self: Descriptor, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> None:
         self.number = -1
         if next(calls) == 0:
             raise JournalError("Too many open files")
-        real(self, path)
+        real(self, path, flags)
 
     monkeypatch.setattr(Descriptor, "__init__", too_many)
-    with pytest.raises(JournalError):
+    with pytest.raises(StoreFullError):
         put(host.store, key(2))
     uploads = [(tmp_path / f"upload{number}").open("wb", buffering=0) for number in range(3)]
     put(host.store, key(3))
@@ -104,9 +85,9 @@ def test_threads_that_open_the_logs_at_once(host: Host) -> None:
     for thread in threads:
         thread.start()
     for _ in range(60):
-        other.reset()
-        other.prepare()
-        host.store._write(lambda *_: other.swap(NOW))
+        host.store.reset_journal(other.generation())
+        header = other.prepare()
+        host.store.swap_journal(header, NOW)
     is_over.set()
     for thread in threads:
         thread.join()
@@ -123,7 +104,7 @@ def test_a_sync_that_outlasts_two_swaps(host: Host, monkeypatch: pytest.MonkeyPa
         real(descriptor)
         monkeypatch.setattr(os, "fdatasync", real)
         swapped(other)
-        other.reset()
+        other.reset(other.generation())
         swapped(other)
 
     monkeypatch.setattr(os, "fdatasync", slow)
@@ -243,168 +224,3 @@ def test_a_clock_that_was_set_back_and_no_agent(host: Host) -> None:
     host.journal.sync(NOW + 3600)
     put(host.store, key(1))
     assert host.journal.unsynced() == 0
-
-
-# Whose it is
-
-
-def another_store(place: Path) -> HostStore:
-    """A container that starts while the one before it ends: same volume, its own memory."""
-    journal = Journal(
-        place / "journal", store=place / "new", size=MIB, sync_interval=0.1, identity="tests"
-    )
-    return HostStore(place / "new", size=8 * MIB, identity="tests", journal=journal)
-
-
-def in_another_process(work: Callable[[], object]) -> int | None:
-    process = FORK.Process(target=work)
-    process.start()
-    process.join(30)
-    return process.exitcode
-
-
-def test_one_journal_belongs_to_one_store(host: Host, tmp_path: Path) -> None:
-    """The other one is told so, and gets it, with what is in it, when the first has ended."""
-    put(host.store, key(1))
-    new = another_store(tmp_path)
-    with pytest.raises(JournalError, match="in use by processes with another session store"):
-        new.open()
-    put(host.store, key(2))
-    host.journal.sync(NOW)
-    host.store.close()
-    assert {record.key for record in new.scan()} == {key(1), key(2)}
-    with pytest.raises(JournalError, match="in use by processes"):
-        put(host.store, key(3))
-    put(new, key(4))
-    new.close()
-    put(host.store, key(5))
-    host.lose_power()
-    assert set(host.records()) == {key(1), key(2), key(4), key(5)}
-
-
-def test_a_fork_keeps_no_journal_for_itself(host: Host, tmp_path: Path) -> None:
-    """A child that lives on holds up no other store once its parent has ended."""
-    put(host.store, key(1))
-    ready, over = FORK.Event(), FORK.Event()
-
-    def idle(ready: Event, over: Event) -> None:
-        ready.set()
-        over.wait(30)
-
-    child = FORK.Process(target=idle, args=(ready, over))
-    child.start()
-    assert ready.wait(30)
-    host.store.close()
-    new = another_store(tmp_path)
-    assert {record.key for record in new.scan()} == {key(1)}
-    new.close()
-    over.set()
-    child.join(30)
-
-
-def test_the_directory_is_removed_while_a_process_lives(tmp_path: Path) -> None:
-    """Who comes later waits for its end, and finds what it saved; a fork changes nothing."""
-    host = Host(tmp_path)
-    put(host.store, key(1))
-    shutil.rmtree(tmp_path / "store")
-    assert in_another_process(partial(_is_refused, tmp_path)) == 0
-    put(host.store, key(2))
-    host.journal.sync(NOW)
-    host.store.close()
-    assert set(host.records()) == {key(1), key(2)}
-    host.store.close()
-
-
-def _is_refused(place: Path) -> None:
-    try:
-        Host(place)
-    except JournalError:
-        os._exit(0)
-    os._exit(1)
-
-
-def test_a_store_without_its_journal_for_a_while(host: Host) -> None:
-    """What happened meanwhile is in the journal when it is back."""
-    put(host.store, key(1), payload=b"old")
-    put(host.store, key(3))
-    host.store.close()
-    plain = HostStore(host.place / "store", size=8 * MIB, identity="tests")
-    save(plain, key(1), b"newer", at=NOW)
-    put(plain, key(2))
-    plain.bury(key(3), lambda r: r and lifecycle.deleted(r, r.key, now=NOW, policy=POLICY))
-    plain.close()
-    host.store = host._start()
-    put(host.store, key(4))
-    host.journal.sync(NOW)
-    host.lose_power()
-    found = {k: (r.payload, r.is_tombstone) for k, r in host.records().items()}
-    assert found == {
-        key(1): (b"newer", False),
-        key(2): (b"{}", False),
-        key(3): (b"", True),
-        key(4): (b"{}", False),
-    }
-
-
-def test_it_comes_back_while_others_save(host: Host) -> None:
-    """Processes that had the journal all the time go on in the new log."""
-    ready, go = FORK.Event(), FORK.Event()
-
-    def live() -> None:
-        put(host.store, key(1))
-        ready.set()
-        go.wait(30)
-        put(host.store, key(4))
-        host.journal.sync(NOW)
-
-    process = FORK.Process(target=live)
-    process.start()
-    assert ready.wait(30)
-    plain = HostStore(host.place / "store", size=8 * MIB, identity="tests")
-    assert in_another_process(lambda: put(plain, key(2))) == 0
-    assert in_another_process(lambda: put(host._start(), key(3))) == 0
-    go.set()
-    process.join(30)
-    host.lose_power()
-    assert set(host.records()) == {key(1), key(2), key(3), key(4)}
-
-
-def test_a_log_that_is_exchanged_under_a_process(host: Host) -> None:
-    """Nothing goes into a log that this store has not begun."""
-    put(host.store, key(1))
-    header = Header.new(host.journal.generation(), host.identity).encode()
-    host.active().write_bytes(header.ljust(MIB, b"\0"))
-    host.journal._logs = None
-    with pytest.raises(JournalError, match="was exchanged while it was in use"):
-        put(host.store, key(2))
-
-
-def test_a_later_lease_counts_more_than_a_later_version(host: Host) -> None:
-    """What memory has was refused: another node had gone on from before, and gave it back."""
-    mine = records.put(host.store, key(1), at=NOW)._replace(version=9, fence=1)
-    theirs = mine._replace(version=5, fence=3, payload=b"gone on from")
-    host.store.update(key(1), lambda _: theirs)
-    host.journal.sync(NOW)
-    host.store.close()
-    shutil.rmtree(host.place / "store")
-    plain = HostStore(host.place / "store", size=8 * MIB, identity="tests")
-    plain.update(key(1), lambda _: mine)
-    plain.close()
-    host.store = host._start()
-    assert host.records()[key(1)].payload == b"gone on from"
-
-
-@pytest.mark.parametrize("what", ["moved", "removed"])
-def test_the_logs_are_gone(host: Host, tmp_path: Path, what: str) -> None:
-    """A site that is started again writes down what memory has."""
-    put(host.store, key(1))
-    host.store.close()
-    if what == "moved":
-        host.logs.rename(tmp_path / "elsewhere")
-    else:
-        shutil.rmtree(host.logs)
-    host.store = host._start()
-    put(host.store, key(2))
-    host.journal.sync(NOW)
-    host.lose_power()
-    assert set(host.records()) == {key(1), key(2)}
