@@ -13,26 +13,23 @@ logs belong to one store: it alone knows their seeds, and its processes hold a l
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from deferred_sessions.exceptions import JournalError, StoreFullError
-from deferred_sessions.memory import forks, log_file, logs
+from deferred_sessions.memory import log_file, logs
 from deferred_sessions.memory.directory import make_private
 from deferred_sessions.memory.locks import Relay
 from deferred_sessions.memory.log_file import HEADER_SIZE, Header
 from deferred_sessions.memory.logs import LOGS, Descriptor, Logs
+from deferred_sessions.memory.ownership import Ownership
 
 STATE_FILE: Final = "journal"
 STATE_SIZE: Final = 4096
-CLAIM_FILE: Final = "in-use.lock"
-NODE_FILE: Final = "node"
 SLOW: Final = 1000  # microseconds of a sync from which on it pays to wait for company
 COMPANY: Final = 0.3  # of the time of a sync: how long
 LONGEST: Final = 0.02  # seconds: at the most
@@ -41,11 +38,6 @@ SMALL, RESERVE = 128, 1 << 20  # bytes of a record, and room for many such ones
 FULL: Final = (
     "The journal is full of changes that PostgreSQL does not have. Is it away? Otherwise raise "
     "DEFERRED_SESSIONS['JOURNAL_SIZE']."
-)
-TAKEN: Final = (
-    "The journal in {} is in use by processes with another session store: of another node, of a "
-    "container that has not ended yet, or from before the store's directory was removed. Stop "
-    "them; each node needs a DEFERRED_SESSIONS['JOURNAL_DIRECTORY'] of its own."
 )
 # Words of the state: generation; positions and synced positions of both logs; times in µs;
 # how many syncs that savers wait for were begun, which was done last, its µs, and its bytes;
@@ -69,43 +61,11 @@ class Journal:
         self._state = store / STATE_FILE
         self._words: memoryview | None = None
         self._logs: Logs | None = None
-        self._claim: Descriptor | None = None
-        self._node: str | None = None
         self._relay = Relay(store / "journal-sync.lock")
+        self.ownership = Ownership(directory)
+        """Whose the logs are."""
 
     # Whose it is
-
-    def claim(self) -> None:
-        """Keep other stores from these logs for as long as this process has the journal open.
-
-        Raises:
-            JournalError: A process of another store has them in use.
-        """
-        forks.watch(self)
-        make_private(self.directory)
-        claim = Descriptor.of_lock(self.directory / CLAIM_FILE)
-        self._lock(claim, fcntl.LOCK_SH)
-        self._claim = claim  # the one of before, if any, goes only now
-
-    @contextmanager
-    def claimed_alone(self) -> Iterator[None]:
-        """Keep everybody else from the logs for the block, in which they become this store's.
-
-        Raises:
-            JournalError: Another process has them in use.
-        """
-        claim = self._claim
-        if claim is None:
-            raise JournalError(f"Nobody has claimed the journal in {self.directory}.")
-        self._lock(claim, fcntl.LOCK_EX)
-        yield
-        self._lock(claim, fcntl.LOCK_SH)
-
-    def _lock(self, claim: Descriptor, kind: int) -> None:
-        try:
-            fcntl.flock(claim.number, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JournalError(TAKEN.format(self.directory)) from error
 
     def is_ours(self) -> bool:
         """Tell whether the logs are those of this store; otherwise it does not know what they say.
@@ -124,27 +84,6 @@ class Journal:
                 header = None
         known = generation, words[_SEED + (generation & 1)]
         return header is not None and (header.generation, header.seed) == known
-
-    def node(self, default: str) -> str:
-        """Return the name of the node that began this journal; `default` if it begins now.
-
-        A container that is made anew has another host name. What it finds here it saved under
-        its old one, under which it has the leases.
-
-        If it cannot be kept, as on a disk that fails, it is the default.
-        """
-        if self._node is None:
-            with suppress(OSError):
-                self._node = logs.kept_text(self.directory / NODE_FILE, default)
-        return self._node or default
-
-    def before_fork(self) -> None:
-        """Leave everything as it is: the parent goes on."""
-
-    def after_fork(self, *, in_child: bool) -> None:
-        """Let go of what a child has inherited, or the claim would outlive the parent's."""
-        if in_child:
-            self.close()
 
     # Within a write transaction of the host store
 
@@ -339,12 +278,13 @@ class Journal:
         other.unlink(missing_ok=True)
 
     def let_go(self) -> None:
-        """Close what is open, but for the claim; the next use opens it again."""
+        """Close what is open, and keep the logs; the next use opens it again."""
         self._words = self._logs = None
 
     def close(self) -> None:
-        """Close what is open; the next use opens it again."""
-        self._words = self._logs = self._claim = None
+        """Close what is open, and leave the logs to others; the next use opens it again."""
+        self._words = self._logs = None
+        self.ownership.drop()
 
     # Inside
 

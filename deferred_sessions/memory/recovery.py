@@ -118,7 +118,7 @@ def recover_if_needed(journal: Journal, dbs: Databases, now: float) -> None:
         StoreUnavailableError: The journal holds more than the store has room for.
         JournalError: There is no room for a new log, or another store has the journal in use.
     """
-    journal.claim()
+    journal.ownership.take()
     with dbs.env.begin(dbs.notes) as txn:
         state = bytes(txn.get(NOTE, b""))
     # Without a note the store is new, though its directory may know the logs from before.
@@ -126,7 +126,7 @@ def recover_if_needed(journal: Journal, dbs: Databases, now: float) -> None:
         if state == BEHIND:  # the store has all that is in the logs, they miss some of what it has
             _restart(journal, dbs, 0, now)
         return
-    with journal.claimed_alone():
+    with journal.ownership.alone():
         _recover(journal, dbs, now)
 
 

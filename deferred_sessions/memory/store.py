@@ -304,12 +304,8 @@ class HostStore(Transactions):
         return (self._file.databases or self._file.open()).incarnation
 
     def node(self, default: str) -> str:
-        """Return the name of this node, which is not set: the one that its journal began with.
-
-        Raises:
-            JournalError: see there.
-        """
-        return default if self.journal is None else self.journal.node(default)
+        """Return the name of this node, which is not set: the one that its journal began with."""
+        return default if self.journal is None else self.journal.ownership.node(default)
 
     def clear(self) -> None:
         """Remove every record. For tests: what was dirty is lost."""

@@ -28,6 +28,7 @@ from deferred_sessions.exceptions import (
 from deferred_sessions.memory import logs, recovery
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.log_file import Header
+from deferred_sessions.memory.ownership import Ownership
 from deferred_sessions.memory.store import HostStore
 from tests.unit import records
 from tests.unit.hosts import MIB, Host, second_process, swapped
@@ -301,7 +302,7 @@ def test_a_process_starts_in_the_moment_of_a_swap(
     """It looks again, and does not take the journal for another store's."""
     put(host.store, key(1))
     other = second_process(host)
-    other.claim()
+    other.ownership.take()
     host.store.close()
 
     def swap() -> None:
@@ -313,7 +314,7 @@ def test_a_process_starts_in_the_moment_of_a_swap(
     assert set(host.records()) == {key(1), key(2)}
 
 
-def test_the_claim_is_held_while_a_process_opens_its_store_again(
+def test_the_journal_is_held_while_a_process_opens_its_store_again(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As each fork makes it do; another store must not come in between."""
@@ -322,11 +323,12 @@ def test_the_claim_is_held_while_a_process_opens_its_store_again(
     refused: list[int] = []
     taken = """
 from deferred_sessions.memory.journal import Journal
+from deferred_sessions.memory.ownership import Ownership
 store = place / "new"
 journal = Journal(place / "journal", store=store, size=MIB, sync_interval=1, identity="tests")
 HostStore(store, size=8 * MIB, identity="tests", journal=journal).open()
 """
-    once(monkeypatch, Journal, "claim", lambda: refused.append(elsewhere(host, taken)))
+    once(monkeypatch, Ownership, "take", lambda: refused.append(elsewhere(host, taken)))
     put(host.store, key(2))
     assert refused == [1]
 
@@ -345,7 +347,7 @@ def test_workers_that_start_together_agree_on_the_name(tmp_path: Path) -> None:
         def ask(number: int, place: Path = place) -> None:
             journal = second_process(Host(place))
             barrier.wait()  # noqa: B023 - it is over before the next turn
-            names.put(journal.node(f"name{number}"))  # noqa: B023
+            names.put(journal.ownership.node(f"name{number}"))  # noqa: B023
 
         workers = [FORK.Process(target=ask, args=[number]) for number in range(4)]
         for worker in workers:
@@ -378,7 +380,7 @@ def test_a_disk_that_is_mounted_read_only(
         patch.setattr(os, "open", read_only)
         with pytest.raises(StoreFullError, match="Read-only"):
             put(host.store, key(2))
-        assert host.journal.node("name") == "name"
+        assert host.journal.ownership.node("name") == "name"
     put(host.store, key(3))
     assert set(host.records()) == {key(1), key(3)}
 
