@@ -61,11 +61,12 @@ def goals(kind: str, size: int, figures: Figures) -> Iterator[Goal]:
 def measure_size(work: Work, size: int, scale: Scale) -> Figures:
     """Return each engine's seconds per request, by round."""
     candidates = {}
-    for name in available():
+    for name in available(quick=scale.quick):
         cycles = CANDIDATES[name].cycles * SIZES[0] * 3 // (SIZES[0] * 2 + size)
         store = engine(name)
         keys = [stored(store, size) for _ in range(SESSIONS)]
-        candidates[name] = partial(per_cycle, partial(work, store, keys), max(1, cycles))
+        cycles = max(1, cycles // scale.of(1, 4))
+        candidates[name] = partial(per_cycle, partial(work, store, keys), cycles)
     take_turns(candidates, 1)  # to warm up
     return take_turns(candidates, scale.of(15, 3))
 

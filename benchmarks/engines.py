@@ -48,9 +48,13 @@ ENGINES: Final[dict[str, Candidate]] = {
 }
 
 
-def available() -> list[str]:
-    """Return the engines whose needs are there."""
-    return [name for name, candidate in ENGINES.items() if _has(candidate.needs)]
+def available(*, quick: bool = False) -> list[str]:
+    """Return the engines whose needs are there; only Django's and ours if it is to be quick."""
+    return [
+        name
+        for name, candidate in ENGINES.items()
+        if _has(candidate.needs) and not (quick and name.startswith("django-"))
+    ]
 
 
 def missing() -> dict[str, str]:

@@ -225,7 +225,8 @@ def flushes(stack: ExitStack, sites: Sites, scale: Scale) -> Iterator[Table | Go
 
     rivals = {kind: partial(rate, kind) for kind in kinds if kind != COPIED}
     take_turns(rivals, 1)  # to warm up
-    figures = take_turns(rivals, scale.of(15, 3)) | take_turns({COPIED: partial(rate, COPIED)}, 3)
+    copied = take_turns({COPIED: partial(rate, COPIED)}, scale.of(3, 1))
+    figures = take_turns(rivals, scale.of(15, 3)) | copied
     rates, busy = medians(figures), medians(cores)
     yield Table(
         f"flush of {DIRTY:,} changed sessions of 300 bytes",
@@ -253,7 +254,7 @@ def cycles(stack: ExitStack, sites: Sites, scale: Scale) -> Iterator[Table | Goa
         nodes[kind]("create", 1000)
     figures = take_turns(
         {kind: lambda n=node: float(n("cycle", 5_000)) for kind, node in nodes.items()},
-        scale.of(15, 5),
+        scale.of(15, 3),
     )
     found = medians(figures)
     yield Table(
@@ -306,7 +307,7 @@ def hanging(sites: Sites, scale: Scale) -> Iterator[Table | Goal]:
 
 def repair(sites: Sites, scale: Scale) -> Iterator[Table | Goal]:
     """Yield how fast a server is filled that was added."""
-    count = scale.of(300_000, 60_000)
+    count = scale.of(300_000, 30_000)
     scale.progress(f"filling a server with its share of {count:,} sessions")
     sites.empty(trusted=False)
     keys = [secrets.token_hex(16) for _ in range(count)]

@@ -22,14 +22,14 @@ from deferred_sessions.servers import sql
 from deferred_sessions.servers.rows import Columns
 from deferred_sessions.writer import RecordWriter
 
-NUMBERS = (1_000, 10_000)
+FEW, MANY = 1_000, 10_000
 SIZE = 300
 
 
 def measure(scale: Scale) -> Iterator[Table | Goal]:
     """Yield a table of rates, and one of what many updates do to the table."""
     rows = []
-    for number in NUMBERS:
+    for number in (FEW, scale.of(MANY, MANY // 4)):
         scale.progress(f"flushing {number:,} sessions")
         bench = Bench(number)
         figures = take_turns(
@@ -54,7 +54,8 @@ def measure(scale: Scale) -> Iterator[Table | Goal]:
 def wear(bench: Bench, scale: Scale) -> Iterator[Table | Goal]:
     """Yield what 200,000 updates leave of the table."""
     times = scale.of(20, 2)
-    scale.progress(f"flushing {NUMBERS[-1]:,} sessions {times} times more")
+    number = len(bench.keys)
+    scale.progress(f"flushing {number:,} sessions {times} times more")
     with connection.cursor() as cursor:
         cursor.execute("VACUUM FULL deferred_sessions_session")
     first, updates, hot = _table()
@@ -63,7 +64,7 @@ def wear(bench: Bench, scale: Scale) -> Iterator[Table | Goal]:
     last, all_updates, all_hot = _table()
     share = (all_hot - hot) / max(1, all_updates - updates)
     yield Table(
-        f"the table after {times * NUMBERS[-1]:,} flushed updates, without a vacuum",
+        f"the table after {times * number:,} flushed updates, without a vacuum",
         ("size before, bytes", "size after", "HOT updates"),
         [(f"{first:,}", f"{last:,}", f"{share:.3f}")],
     )
@@ -93,7 +94,7 @@ class Bench:
         Session.objects.all().delete()
         self._data = content(SIZE)
         with transaction.atomic():  # one commit for all
-            self._keys = sorted(self._create() for _ in range(number))
+            self.keys = sorted(self._create() for _ in range(number))
         self._runtime.flusher.flush_once(time.time(), everything=True)
         self._turn = 0
 
@@ -112,7 +113,7 @@ class Bench:
 
     def one_statement(self) -> float:
         """The same with all rows in one statement."""
-        return self._bare(len(self._keys))
+        return self._bare(len(self.keys))
 
     def _create(self) -> str:
         session = SessionStore()
@@ -122,20 +123,20 @@ class Bench:
 
     def _make_dirty(self) -> None:
         self._turn += 1
-        for key in self._keys:
+        for key in self.keys:
             session = SessionStore(key)
             session["count"] = self._turn
             session.save()
 
     def _flush(self, now: float) -> None:
         report = self._runtime.flusher.flush_once(now)
-        if report.updated != len(self._keys):
+        if report.updated != len(self.keys):
             raise RuntimeError(f"The flush did not write everything: {report}")
 
     def _bare(self, size: int) -> float:
         self._make_dirty()
         writer: RecordWriter = self._runtime.flusher._writer  # noqa: SLF001
-        dirty = sorted(self._runtime.store.find_dirty(self._keys))
+        dirty = sorted(self._runtime.store.find_dirty(self.keys))
         batches = [dirty[start : start + size] for start in range(0, len(dirty), size)]
         columns = [writer.columns(batch) for batch in batches]
         taken = seconds(partial(self._execute, columns))

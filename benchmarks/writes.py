@@ -20,7 +20,7 @@ from benchmarks.sessions import stored
 from deferred_sessions.memory.counters import Counter
 from deferred_sessions.runtime import get_runtime
 
-VISITORS, REQUESTS, WARM_UP = 200, 1_000, 2_000
+VISITORS, REQUESTS = 200, 1_000
 PER_SECOND, TICK = 10, 10
 LIMITS = {"that change their session": 20.0, "that only read it, SESSION_SAVE_EVERY_REQUEST": 1.0}
 
@@ -32,7 +32,8 @@ def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
     names = [name for name in available() if name in shown]
     for name in names:
         scale.progress(f"counting the writes of {name}")
-        figures = [count(name, changes=True), count(name, changes=False)]
+        warm_up = scale.of(2, 1) * REQUESTS
+        figures = [count(name, warm_up, changes=each) for each in (True, False)]
         rows.append((name, *(f"{figure:.1f}" for figure in figures)))
         bars[name] = figures[0]
         if name == OURS:
@@ -43,7 +44,7 @@ def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
     yield Plot("writes", "writing statements per 1,000 changing requests", bars, "statements")
 
 
-def count(name: str, *, changes: bool) -> float:
+def count(name: str, warm_up: int, *, changes: bool) -> float:
     """Return how many statements write, per 1,000 requests."""
     store, chance = engine(name), random.Random(3)
     with freeze_time() as clock:
@@ -58,7 +59,7 @@ def count(name: str, *, changes: bool) -> float:
                 if number % (PER_SECOND * TICK) == 0:
                     get_runtime().flusher.flush_once(time.time())
 
-        serve(WARM_UP)
+        serve(warm_up)
         before, writing = _ours(), 0
 
         def look(execute: Callable[..., Any], statement: str, *arguments: Any) -> Any:
