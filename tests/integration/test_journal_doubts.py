@@ -60,6 +60,16 @@ def delete(session: SessionStore, how: str) -> None:
         SessionStore(session.session_key).delete()
 
 
+def be_away_for_days(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lose power, and come back when nobody remembers any more who was deleted meanwhile."""
+    reset_runtime()
+    shutil.rmtree(directory)
+    by_sql("DELETE FROM deferred_sessions_session")
+    by_sql("DELETE FROM deferred_sessions_revocation")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 2 * DAY)
+
+
 # Deleted sessions
 
 
@@ -101,12 +111,7 @@ def test_a_host_that_was_off_for_days_brings_nothing_back(
     session = created(_auth_user_id="7")
     change(session, n=1)
     runtime.flusher.flush_once(time.time(), everything=True)
-    reset_runtime()
-    shutil.rmtree(directory)
-    by_sql("DELETE FROM deferred_sessions_session")
-    by_sql("DELETE FROM deferred_sessions_revocation")
-    real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() + 2 * DAY)
+    be_away_for_days(directory, monkeypatch)
     report = get_runtime().flusher.flush_once(time.time())
     assert (report.inserted, report.remaining) == (0, 0)
     assert row(session.session_key) is None
@@ -144,12 +149,7 @@ def test_so_it_does_on_a_host_that_was_off_for_days(
     session = created(_auth_user_id="7")
     change(session, n=0)
     runtime.flusher.flush_once(time.time(), everything=True)
-    reset_runtime()
-    shutil.rmtree(directory)
-    by_sql("DELETE FROM deferred_sessions_session")
-    by_sql("DELETE FROM deferred_sessions_revocation")
-    real = time.time
-    monkeypatch.setattr(time, "time", lambda: real() + 2 * DAY)
+    be_away_for_days(directory, monkeypatch)
     get_runtime().store.open()
     save_while_away(session, outage)
     assert row(session.session_key) is None
