@@ -94,7 +94,7 @@ def rates(servers: dict[str, Server], path: str, scale: Scale) -> Figures:
     candidates: dict[str, Callable[[], float]] = {name: partial(ask, name) for name in servers}
     scale.progress(f"asking {len(servers)} servers for {path}")
     take_turns(candidates, 1)  # to warm up
-    return take_turns(candidates, scale.of(7, 1))
+    return take_turns(candidates, scale.of(5, 1))
 
 
 def of_gunicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:

@@ -17,6 +17,7 @@ import logging
 import mmap
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -124,7 +125,10 @@ def recover_if_needed(journal: Journal, dbs: Databases, now: float) -> None:
     # Without a note the store is new, though its directory may know the logs from before.
     if state and journal.is_ours():
         if state == BEHIND:  # the store has all that is in the logs, they miss some of what it has
-            _restart(journal, dbs, 0, now)
+            with dbs.env.begin(dbs.due) as txn:
+                number = txn.stat(dbs.due)["entries"]
+            with _room_for(number):
+                _restart(journal, dbs, 0, now)
         return
     with journal.ownership.alone():
         _recover(journal, dbs, now)
@@ -134,11 +138,9 @@ def _recover(journal: Journal, dbs: Databases, now: float) -> None:
     started = time.monotonic()
     found = read(journal)
     _set_aside(journal, found, now)
-    try:
+    with _room_for(len(found.newest)):
         put(dbs, found, now)
         _restart(journal, dbs, found.generation + 1, now)
-    except lmdb.MapFullError as error:
-        raise StoreUnavailableError(TOO_SMALL.format(len(found.newest))) from error
     if found.frames:
         logger.warning(
             "Recovered %d sessions from %d records of the journal in %.1f s; %d records could "
@@ -149,6 +151,14 @@ def _recover(journal: Journal, dbs: Databases, now: float) -> None:
             found.unreadable,
             extra={"action": "recovered", "count": len(found.newest)},
         )
+
+
+@contextmanager
+def _room_for(sessions: int) -> Iterator[None]:
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise StoreUnavailableError(TOO_SMALL.format(sessions)) from error
 
 
 def _restart(journal: Journal, dbs: Databases, generation: int, now: float) -> None:

@@ -74,9 +74,9 @@ class HostStore(Transactions):
 
     def close(self) -> None:
         """Unmap the store; the next use opens it again."""
-        self._file.close()
         if self.journal is not None:
-            self.journal.close()
+            self.journal.close()  # first: who opens the store from here on takes it again
+        self._file.close()
 
     @property
     def is_strict(self) -> bool:

@@ -405,3 +405,21 @@ def test_a_recovery_that_fails_is_tried_again_at_once(
         with pytest.raises(StoreUnavailableError, match="STORE_SIZE"):
             host._start()
     assert len(list(host.logs.glob("*.unreadable-*"))) == 1
+
+
+def test_no_room_to_begin_a_journal_anew(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clear error, and the old one stays as it is."""
+    put(host.store, key(1))
+    assert elsewhere(host, PLAIN) == 0
+
+    def full(*_: object) -> None:
+        raise lmdb.MapFullError("full")
+
+    host.store.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "restart", full)
+        with pytest.raises(StoreUnavailableError, match="The journal has 1 sessions, .*STORE_SIZE"):
+            host.store.open()
+    put(host.store, key(2))
+    host.lose_power()
+    assert set(host.records()) == {key(1), key(2)}
