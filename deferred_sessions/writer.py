@@ -225,6 +225,8 @@ class RecordWriter:
     def _is_lost(self, dirty: Dirty, state: State) -> bool:
         """Tell whether memory alone has this change; it may have been written and handed over."""
         head = self._store.head(dirty.key)
+        if head is not None and dirty.head.flags & RECOVERED & ~head.flags:
+            return False  # what the journal had has been judged already, for another process
         is_here = head is not None and head.version >= dirty.head.version
         is_changed = is_here and head is not None and head.flags & CHANGED
         return bool(dirty.head.flags & is_changed) and not self._is_same(dirty, state)

@@ -16,6 +16,7 @@ import pytest
 from django.db import connection
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
 from deferred_sessions.servers import sql
 from deferred_sessions.servers.server import SessionServer
@@ -200,6 +201,25 @@ def test_a_new_session_is_deleted_while_its_row_is_on_its_way(
     runtime.flusher.flush_once(time.time() + 100, everything=True)
     assert SessionStore(session.session_key).load() == {}
     assert row(session.session_key) is None
+
+
+def test_two_processes_have_the_same_session_judged(
+    journaled: Callable[..., Runtime], directory: Path
+) -> None:
+    """For the second one it has gone on since, under a new lease: there is nothing to refuse."""
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    runtime = lose_power(directory)
+    known = runtime.store.get(str(session.session_key))
+    assert known is not None
+    stale, writer = Dirty.of(known), runtime.flusher._writer
+    assert len(writer.write([stale], time.time()).updated) == 1
+    change(session, n=2)
+    by_sql("UPDATE deferred_sessions_session SET fence = fence + 1, version = version + 1")
+    outcome = writer.write([stale], time.time())
+    assert (outcome.fenced, outcome.moved) == ([], [stale])
+    assert SessionStore(session.session_key).load() == {"n": 2}
 
 
 def test_what_was_revoked_is_found_among_many(journaled: Callable[..., Runtime]) -> None:
