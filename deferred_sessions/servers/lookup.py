@@ -20,6 +20,7 @@ from deferred_sessions.servers.shelf import CHANGED, Shelf, Stamp
 from deferred_sessions.servers.standing import EPOCH, IN
 from deferred_sessions.servers.view import View
 
+ATTEMPTS: Final = 2  # while homes change
 AWAY: Final = "The session server that may have the latest of this session is away."
 
 
@@ -62,7 +63,17 @@ class Lookup:
             ServerUnavailableError: Nothing is known about the session.
             SessionAwayError: Who has it may be away.
         """
-        authority, view = self._fleet.at(key), self._fleet.view()
+        for _ in range(ATTEMPTS):
+            view = self._fleet.view()
+            try:
+                return self._bring(key, view)
+            except SessionAwayError:
+                if self._fleet.view() is view:
+                    raise
+        return self._bring(key, self._fleet.view())  # homes have changed while it was looked for
+
+    def _bring(self, key: str, view: View) -> None:
+        authority = self._fleet.at(key)
         looks = {authority: look(authority, key)}
         for server in (*self._fleet.live(), *self._fleet.leaving()):
             if server is not authority:

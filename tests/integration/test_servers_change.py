@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 
@@ -10,6 +11,7 @@ import pytest
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.exceptions import SessionAwayError
 from deferred_sessions.servers import fleet_sql
+from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.servers.registry import Registry
 from deferred_sessions.servers.server import SessionServer
 from deferred_sessions.servers.standing import FILLING, LEAVING
@@ -91,6 +93,28 @@ def test_a_server_is_away_while_sessions_may_be_anywhere(servers: Servers) -> No
         loaded(session)
     servers.start(place)
     servers.beat(4)
+    assert loaded(session) == {"n": 1}
+
+
+def test_homes_that_change_while_a_session_is_looked_for(
+    servers: Servers,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who was asked by one view is judged by that view, or all is asked again."""
+    settled(servers)
+    session = moving(servers, HEAVY, n=1)
+    servers.tune(SERVERS=HEAVY)
+    servers.beat(2)
+    real = Fleet.live
+
+    def live(fleet: Fleet) -> list[SessionServer]:
+        if not inspect.stack()[1].function.endswith("bring"):
+            return real(fleet)
+        monkeypatch.setattr(Fleet, "live", real)
+        fleet._seen = None  # as by a note that the agent has just left
+        return []
+
+    monkeypatch.setattr(Fleet, "live", live)
     assert loaded(session) == {"n": 1}
 
 
