@@ -177,8 +177,9 @@ class WriteThrough:
         Returns whether that is certain, and PostgreSQL remembers it. Raises nothing.
         """
         try:
-            with self._servers.at(key).attempt():
-                self._servers.at(key).remember_deletion([key])
+            server = self._servers.at(key)
+            with server.attempt():
+                server.remember_deletion([key])
         except (ServerUnavailableError, RowRefusedError) as error:
             self._log_postponed(error, now)
             return False

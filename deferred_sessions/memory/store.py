@@ -336,7 +336,7 @@ class HostStore(Transactions):
         try:
             journal.sync(now)
         except StoreError:
-            if now - self._complained_at > COMPLAINT_INTERVAL:
+            if abs(now - self._complained_at) > COMPLAINT_INTERVAL:  # clocks are set back
                 self._complained_at = now
                 logger.exception("A save is not on disk.", extra={"action": "journal_failed"})
 
