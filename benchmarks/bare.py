@@ -13,6 +13,7 @@ from typing import Any
 
 import lmdb
 from django.contrib.sessions.backends.base import SessionBase
+from django.contrib.sessions.middleware import SessionMiddleware as DjangoSessionMiddleware
 from django.utils.crypto import get_random_string
 
 from benchmarks.nothing import CONTENT
@@ -37,6 +38,10 @@ class SessionStore(SessionBase):
             session: dict[str, Any] = json.loads(ENCODED if found is None else bytes(found))
         return session
 
+    async def aload(self) -> dict[str, Any]:
+        """Do what `load` does."""
+        return self.load()
+
     def save(self, must_create: bool = False) -> None:  # noqa: ARG002 - Django's signature
         """Put it where all processes of the host find it."""
         self._session_key = self._session_key or get_random_string(32)
@@ -48,3 +53,13 @@ class SessionStore(SessionBase):
     def create(self) -> None:
         """Make a key."""
         self._session_key = get_random_string(32)
+
+
+class SessionMiddleware(DjangoSessionMiddleware):
+    """Gives requests a session, saves it, and sets the cookie; under ASGI without threads."""
+
+    async def __acall__(self, request: Any) -> Any:
+        """Do what Django's does, on the event loop."""
+        self.process_request(request)
+        response = await self.get_response(request)  # type: ignore[misc]
+        return self.process_response(request, response)

@@ -1,14 +1,20 @@
 """The flush beside the bare statement it consists of, on the same PostgreSQL.
 
 The bare statement gets its arrays ready-made: what is measured is PostgreSQL and the
-connection. The flush finds what is due, encodes it, sends it and marks it clean.
+connection. The flush finds what is due, encodes it, sends it and marks it clean; it does that
+beside PostgreSQL, on the same processors: what that alone costs, a neighbour shows.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import LiteralString
 
 import psycopg
 from django.db import connection, transaction
@@ -24,6 +30,16 @@ from deferred_sessions.writer import RecordWriter
 
 FEW, MANY = 1_000, 10_000
 SIZE = 300
+NEIGHBOUR = """
+import django; django.setup()
+from deferred_sessions.policy import NEVER
+from deferred_sessions.runtime import get_runtime
+flusher = get_runtime().flusher
+print("ready", flush=True)
+while True:
+    for batch in flusher._batches(NEVER):
+        flusher._writer.columns(batch)
+"""
 
 
 def measure(scale: Scale) -> Iterator[Table | Goal]:
@@ -33,21 +49,24 @@ def measure(scale: Scale) -> Iterator[Table | Goal]:
         scale.progress(f"flushing {number:,} sessions")
         bench = Bench(number)
         figures = take_turns(
-            {"bare": bench.bare_statement, "flush": bench.flush, "one": bench.one_statement},
+            {
+                "bare, at once": bench.one_statement,
+                "bare, in batches": bench.bare_statement,
+                "with a neighbour": bench.beside_another,
+                "flush": bench.flush,
+            },
             scale.of(11, 3),
         )
-        rates = {name: number / value for name, value in medians(figures).items()}
-        share, spread = ratio(figures, "one", "flush")
-        rates_and_share = (
-            *(f"{rates[name]:,.0f}" for name in ("bare", "one", "flush")),
-            f"{share:.2f}",
-        )
-        rows.append((f"{number:,} dirty", *rates_and_share))
-    title = "rows per second, 300-byte sessions"
-    header = ("sessions", "bare, in batches", "bare, at once", "flush", "flush / bare at once")
-    yield Table(title, header, rows)
-    what = f"flush of {number:,}, of the rows/s of the bare statement"
-    yield Goal(what, share, 0.7, is_least=True, spread=spread)
+        rates = (f"{number / value:,.0f}" for value in medians(figures).values())
+        rows.append((f"{number:,} dirty", *rates))
+    yield Table("rows per second, 300-byte sessions", ("sessions", *figures), rows)
+    for name, what in (
+        ("flush", f"flush of {number:,}"),
+        ("with a neighbour", "bare in batches, while a neighbour finds and encodes: a limit"),
+    ):
+        share, spread = ratio(figures, "bare, at once", name)
+        against = f"{what}, of the rows/s of the bare statement"
+        yield Goal(against, share, 0.7, is_least=True, spread=spread)
     yield from wear(bench, scale)
 
 
@@ -111,9 +130,23 @@ class Bench:
         """Make all dirty, write with the statement alone, in the flusher's batches."""
         return self._bare(self._runtime.settings.batch_size)
 
+    def beside_another(self) -> float:
+        """The same, while another process does without a pause what a flush does beside it."""
+        with subprocess.Popen(
+            [sys.executable, "-c", NEIGHBOUR],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        ) as neighbour:
+            assert neighbour.stdout is not None
+            neighbour.stdout.readline()
+            try:
+                return self.bare_statement()
+            finally:
+                neighbour.kill()
+
     def one_statement(self) -> float:
-        """The same with all rows in one statement."""
-        return self._bare(len(self.keys))
+        """The same with all rows in one statement, for which PostgreSQL may choose its plan."""
+        return self._bare(len(self.keys), sql.UPDATE.replace("ANY(ARRAY[new.key])", "new.key"))
 
     def _create(self) -> str:
         session = SessionStore()
@@ -133,22 +166,22 @@ class Bench:
         if report.updated != len(self.keys):
             raise RuntimeError(f"The flush did not write everything: {report}")
 
-    def _bare(self, size: int) -> float:
+    def _bare(self, size: int, statement: LiteralString = sql.UPDATE) -> float:
         self._make_dirty()
         writer: RecordWriter = self._runtime.flusher._writer  # noqa: SLF001
         dirty = sorted(self._runtime.store.find_dirty(self.keys))
         batches = [dirty[start : start + size] for start in range(0, len(dirty), size)]
         columns = [writer.columns(batch) for batch in batches]
-        taken = seconds(partial(self._execute, columns))
+        taken = seconds(partial(self._execute, statement, columns))
         writer.mark_written(dirty, time.time())
         self._vacuum()
         return taken
 
-    def _execute(self, batches: Sequence[Columns]) -> None:
+    def _execute(self, statement: LiteralString, batches: Sequence[Columns]) -> None:
         connection.ensure_connection()
         with psycopg.Cursor(connection.connection) as cursor:
             for columns in batches:
-                cursor.execute(sql.UPDATE, self._parameters(columns))
+                cursor.execute(statement, self._parameters(columns))
                 if cursor.rowcount != len(columns.key):
                     raise RuntimeError("The statement did not write everything.")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from benchmarks.engines import ENGINES, NOTHING, OURS, available
+from benchmarks.engines import ENGINES, OURS, available
 from testproject.settings import *  # noqa: F403 - this is how Django's settings are extended
 from testproject.settings import INSTALLED_APPS as TEST_APPS
 
@@ -21,8 +21,8 @@ SILENCED_SYSTEM_CHECKS = ["deferred_sessions.W001"]
 MIDDLEWARE = ["django.contrib.sessions.middleware.SessionMiddleware"]
 if ENGINE in ("django-qsessions", "django-user-sessions"):
     MIDDLEWARE = [f"{OTHERS[ENGINE]}.middleware.SessionMiddleware"]
-if "ASYNC" in os.environ and ENGINE in (OURS, NOTHING):
-    package = "deferred_sessions.middleware" if ENGINE == OURS else "benchmarks.nothing"
+if "ASYNC" in os.environ:
+    package = {OURS: "deferred_sessions.middleware"}.get(ENGINE, ENGINES[ENGINE].module)
     MIDDLEWARE = [f"{package}.SessionMiddleware"]
 
 CACHES = {

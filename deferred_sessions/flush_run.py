@@ -31,9 +31,8 @@ from deferred_sessions.outcome import Outcome
 from deferred_sessions.record import SessionRecord
 from deferred_sessions.report import FlushReport
 from deferred_sessions.servers.fleet import Fleet
-from deferred_sessions.servers.rows import Columns
-from deferred_sessions.servers.server import SessionServer
-from deferred_sessions.servers.stream import StatementStream
+from deferred_sessions.servers.server import UPDATED, SessionServer
+from deferred_sessions.servers.stream import Encoded, StatementStream
 from deferred_sessions.writer import RecordWriter, by_kind
 
 logger = logging.getLogger(__name__)
@@ -85,14 +84,16 @@ class FlushRun:
             self._write(batch)
             return
         deleted, new, changed, touched = by_kind(batch)
-        columns = self._writer.columns(changed)  # while the batch before is under way
+        columns = self._encoded(stream, changed)  # while the batch before is under way
         before, was_taken = self._receive(stream)
         others = [*deleted, *new, *touched]
         if not was_taken:
             others += before
         if others:
             self._write(others)
-        if changed and not self.report.failure:
+        if columns is None:
+            self._write(changed)
+        elif changed and not self.report.failure:
             self._send(stream, changed, columns)
         if was_taken:
             self._mark(before)
@@ -112,7 +113,16 @@ class FlushRun:
         if self._under_way:
             self._server.disconnect()
 
-    def _send(self, stream: StatementStream, batch: Sequence[Dirty], columns: Columns) -> None:
+    def _encoded(self, stream: StatementStream, batch: Sequence[Dirty]) -> Sequence[Encoded] | None:
+        """Return the columns of `batch` as they go over the wire; None if one cannot."""
+        try:
+            return [stream.encoded(column) for column in self._writer.columns(batch)[UPDATED]]
+        except psycopg.Error:
+            return None
+
+    def _send(
+        self, stream: StatementStream, batch: Sequence[Dirty], columns: Sequence[Encoded]
+    ) -> None:
         """Get `batch` under way; write it with care if the stream has broken."""
         self._counters.add(Counter.STATEMENTS)
         self._under_way = batch

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from itertools import compress
 from typing import Any, Final, NamedTuple
 
 from deferred_sessions.exceptions import RecordCorruptError
@@ -205,6 +206,8 @@ def _places(same: int) -> tuple[int, int, int]:
 
 
 _PLACES: Final = [_places(same) for same in range(8)]
+_NAMED: Final = [tuple(not same & bit for bit in (1, 2, 4)) for same in range(8)]
+"""Which of creation, last write and last use stand in a short record."""
 
 
 def _short_head(fields: tuple[Any, ...], user_length: int) -> bytes | None:
@@ -213,21 +216,31 @@ def _short_head(fields: tuple[Any, ...], user_length: int) -> bytes | None:
         flags, updates, requests, version, stored_version, fence,
         created, expires, stored_expires, written, changed, due, used, entered,
     ) = fields  # fmt: skip
-    if (
-        (updates, requests, changed, due) != (0, 0, 0.0, 0.0)
-        or (version, expires) != (stored_version, stored_expires)
-        or max(version, fence) > _MOST
-        or user_length > _LONGEST
-    ):
+    if (updates, requests, changed, due) != (0, 0, 0.0, 0.0):
         return None
-    same, rest = 0, []
-    for bit, time, known in ((1, created, entered), (2, written, created), (4, used, entered)):
-        if time == known:
-            same |= bit
-        else:
-            rest.append(time)
+    if (version, expires) != (stored_version, stored_expires):
+        return None
+    return _shortened(user_length, flags, version, fence, created, expires, written, used, entered)
+
+
+def _shortened(  # noqa: PLR0917 - positional, because the flusher does it for each row
+    user_length: int,
+    flags: int,
+    version: int,
+    fence: int,
+    created: float,
+    expires: float,
+    written: float,
+    used: float,
+    entered: float,
+) -> bytes | None:
+    """Return the short head of a clean record, or None if something is too large for one."""
+    if version > _MOST or fence > _MOST or user_length > _LONGEST:
+        return None
+    same = (created == entered) | (written == created) << 1 | (used == entered) << 2
     return _SHORTS[same].pack(
-        SHORT, user_length, flags, same, version, fence, entered, expires, *rest
+        *(SHORT, user_length, flags, same, version, fence, entered, expires),
+        *compress((created, written, used), _NAMED[same]),
     )
 
 
@@ -236,7 +249,7 @@ def split_rests(records: Iterable[tuple[Head, bytes]]) -> tuple[list[str], list[
     user_ids: list[str] = []
     payloads: list[bytes] = []
     for head, data in records:
-        size = _size(data)
+        size = _SIZE if head[0] == FORMAT else _size(data)
         start = size + head[1]
         user_ids.append(data[size:start].decode() if head[1] else "")
         payloads.append(data[start:])
@@ -253,12 +266,16 @@ def encode_written(data: bytes, head: Head, now: float) -> bytes:
         _, user_length, flags, _, _, version, _, fence,
         created_at, expires_at, _, _, _, _, used_at, entered_at,
     ) = head  # fmt: skip
-    fields = (
-        flags & SHUT, 0, 0, version, version, fence,
-        created_at, expires_at, expires_at, now, 0.0, 0.0, used_at, entered_at,
-    )  # fmt: skip
-    written = _short_head(fields, user_length) or _HEADER.pack(FORMAT, user_length, *fields)
-    return written + data[_size(data) :]
+    flags &= SHUT
+    written = _shortened(
+        user_length, flags, version, fence, created_at, expires_at, now, used_at, entered_at
+    )
+    if written is None:
+        written = _HEADER.pack(
+            FORMAT, user_length, flags, 0, 0, version, version, fence,
+            created_at, expires_at, expires_at, now, 0.0, 0.0, used_at, entered_at,
+        )  # fmt: skip
+    return written + data[_SIZE if head[0] == FORMAT else _size(data) :]
 
 
 def _size(data: bytes) -> int:

@@ -276,8 +276,8 @@ def due(
         name = entry[indexes.DUE.size :]
         data = bytes(txn.get(name, b""))
         room -= len(data)
-        try:
-            found.append(Dirty(name.decode(), decode_head(data), data, entry))
+        try:  # not Dirty(...): this is what the flusher does for each row
+            found.append(tuple.__new__(Dirty, (name.decode(), decode_head(data), data, entry)))
         except RecordCorruptError:
             unreadable.append(entry)
     return sorted(found, key=itemgetter(0)), unreadable
@@ -301,12 +301,13 @@ def clean_many(
     Returns the keys of the others, which are left alone.
     """
     others: list[str] = []
+    cursor = txn.cursor()  # it finds the place for both: the flusher does this for each row
     for key, head, data, entry in written:
         name = key.encode()
-        if txn.get(name) != data:
+        if not cursor.set_key(name) or cursor.value() != data:
             others.append(key)
             continue
-        txn.put(name, encode_written(data, head, now))
+        cursor.put(name, encode_written(data, head, now))
         txn.delete(entry, b"", dbs.due)
     return others
 

@@ -21,6 +21,7 @@ from deferred_sessions.servers.rows import Columns, Revocation, Revocations, Row
 from deferred_sessions.servers.stream import StatementStream
 
 LEASED_GRACE: Final = 3600.0  # seconds; a node that lives writes an expiry well before it bites
+UPDATED: Final = slice(6)  # the columns that an update writes: not the creation
 CLEAR_BATCH: Final = 5000  # rows; locks are held for well under a second
 
 
@@ -93,9 +94,12 @@ class SessionServer(ServerConnection):
             len(columns.key),
         )
 
-    def update_parameters(self, columns: Columns, now: float) -> list[Any]:
-        """Return the parameters with which `update_stream` does what `update` does."""
-        return [self.owner(), now, *columns[:6], self.name()]
+    def update_parameters(self, columns: Sequence[Any], now: float) -> list[Any]:
+        """Return the parameters with which `update_stream` does what `update` does.
+
+        Of the `Columns` it needs those of `UPDATED`, which may be encoded already.
+        """
+        return [self.owner(), now, *columns[UPDATED], self.name()]
 
     def update_stream(self) -> StatementStream | None:
         """Return a stream of updates: see `stream`."""

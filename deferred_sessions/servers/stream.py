@@ -15,16 +15,25 @@ import re
 import select
 from collections.abc import Sequence
 from itertools import count
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, NamedTuple
 
 import psycopg
+from psycopg.abc import Buffer
 from psycopg.adapt import PyFormat, Transformer
-from psycopg.pq import ExecStatus
+from psycopg.pq import ExecStatus, Format
 
 READ: Final = select.POLLIN
 GOOD: Final = (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK)
 READ_OR_WRITE: Final = select.POLLIN | select.POLLOUT
 DEADLINE: Final = 60.0  # seconds, if there is no SERVER_TIMEOUT: a flusher must not hang
+
+
+class Encoded(NamedTuple):
+    """A parameter as it goes over the wire."""
+
+    data: Buffer | None
+    type: int
+    format: Format
 
 
 class StatementStream:
@@ -47,16 +56,24 @@ class StatementStream:
         self._transformer = Transformer(connection)
         self._statement = re.sub("%b", lambda _: f"${next(numbers)}", statement).encode()
 
+    def encoded(self, value: Any) -> Encoded:
+        """Return a parameter of `send` as that needs it: of use while a statement is under way.
+
+        Raises:
+            psycopg.Error: PostgreSQL has no such value.
+        """
+        dumper = self._transformer.get_dumper(value, PyFormat.BINARY)
+        return Encoded(dumper.dump(value), dumper.oid, dumper.format)
+
     def send(self, parameters: Sequence[Any]) -> None:
         """Hand the statement over; returns when PostgreSQL has it, not when it is done."""
-        dumpers = [self._transformer.get_dumper(value, PyFormat.BINARY) for value in parameters]
-        values = [dumper.dump(value) for dumper, value in zip(dumpers, parameters, strict=True)]
+        values = [p if isinstance(p, Encoded) else self.encoded(p) for p in parameters]
         try:
             self._pgconn.send_query_params(
                 self._statement,
-                values,
-                param_types=[dumper.oid for dumper in dumpers],
-                param_formats=[dumper.format for dumper in dumpers],
+                [value.data for value in values],
+                param_types=[value.type for value in values],
+                param_formats=[value.format for value in values],
             )
             while self._pgconn.flush():
                 self._wait_for(READ_OR_WRITE)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import psycopg
 import pytest
 from django.db import connection, transaction
 from django.db.models.functions import Now
@@ -22,6 +23,7 @@ from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.models import Node, Session
 from deferred_sessions.record import TOUCHED
 from deferred_sessions.runtime import Runtime
+from deferred_sessions.servers.stream import StatementStream
 from tests.integration.conftest import (
     Outage,
     change,
@@ -353,6 +355,21 @@ def test_a_server_that_hangs_does_not_hang_the_flusher(
         report = runtime.flusher.flush_once(time.time() + 61)
 
     assert report.remaining == 0
+    assert [row(s.session_key) for s in sessions] == [{"n": 1}, {"n": 2}]
+
+
+def test_a_batch_that_cannot_be_streamed(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something in it has no form that goes over the wire: the careful way finds out what."""
+
+    def refuse(_stream: StatementStream, _value: object) -> None:
+        raise psycopg.DataError("no such value")
+
+    sessions = dirty(2)
+    monkeypatch.setattr(StatementStream, "encoded", refuse)
+
+    report = runtime.flusher.flush_once(time.time() + 61)
+
+    assert (report.updated, report.remaining, report.failure) == (2, 0, "")
     assert [row(s.session_key) for s in sessions] == [{"n": 1}, {"n": 2}]
 
 

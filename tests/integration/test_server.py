@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import psycopg
 import pytest
@@ -18,8 +19,9 @@ from deferred_sessions.exceptions import (
     ServerUnavailableError,
 )
 from deferred_sessions.models import Node, Session
+from deferred_sessions.servers import sql
 from deferred_sessions.servers.rows import Columns, State
-from deferred_sessions.servers.server import SessionServer
+from deferred_sessions.servers.server import UPDATED, SessionServer
 from tests.integration.conftest import second_connection
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -220,6 +222,25 @@ def test_single_sessions_show_in_query_logs(server: SessionServer) -> None:
     assert len(queries) == 4
 
 
+@pytest.mark.parametrize("statement", ["UPDATE", "UPDATE_ALONE", "TOUCH"])
+def test_each_row_of_a_batch_is_found_by_its_key(server: SessionServer, statement: str) -> None:
+    """Also where a batch is so large a part of the table that a hash join would cost less."""
+    keys = [f"{number:032x}" for number in range(2000)]
+    server.insert(columns(*keys), NOW)
+    batch = columns(*keys[::4], version=2)
+    parameters: list[Any] = server.update_parameters(batch, NOW)
+    if statement == "TOUCH":
+        parameters = [server.owner(), NOW, batch.key, *batch[2:5], server.name()]
+
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE deferred_sessions_session")
+        cursor.execute(f"EXPLAIN {getattr(sql, statement)}".replace("%b", "%s"), parameters)
+        plan = "\n".join(line for (line,) in cursor.fetchall())
+
+    assert "Nested Loop" in plan, plan
+    assert "Seq Scan" not in plan, plan
+
+
 # Streams
 
 
@@ -228,9 +249,11 @@ def test_a_stream_does_what_update_does(server: SessionServer) -> None:
     stream = server.update_stream()
     assert stream is not None
 
-    for version in (2, 3):
-        stream.send(server.update_parameters(columns(*KEYS, data="new", version=version), NOW))
-        assert stream.rows() == 3
+    stream.send(server.update_parameters(columns(*KEYS, data="new", version=2), NOW))
+    encoded = [stream.encoded(column) for column in columns(*KEYS, data="new", version=3)[UPDATED]]
+    assert stream.rows() == 3
+    stream.send(server.update_parameters(encoded, NOW))
+    assert stream.rows() == 3
 
     assert Session.objects.get(pk="aaaaaaaa").version == 3
     stream.send(server.update_parameters(columns(*KEYS, version=3), NOW))
