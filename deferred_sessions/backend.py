@@ -164,10 +164,11 @@ class SessionStore(DeferredSession):
         if self.session_key is None:
             self.create()
             return
-        session = self._get_session(no_load=must_create)  # type: ignore[attr-defined]
-        if must_create:
-            self._insert(session)
-            return
+        if must_create or "_session_cache" not in self.__dict__:
+            session = self._get_session(no_load=must_create)  # type: ignore[attr-defined]
+            if must_create:
+                self._insert(session)
+                return
         saving = self.save_in_memory()
         if saving is not None:
             self.finish(saving)
