@@ -37,7 +37,7 @@ from deferred_sessions.policy import Policy
 from deferred_sessions.record import encode
 from deferred_sessions.runtime import get_runtime
 
-CYCLES, SESSIONS, PROCESSES = 2_000, 100, 8
+CYCLES, SESSIONS, PROCESSES = 1_000, 100, 8
 SLOW = 0.002  # seconds that a sync takes longer on the disk that is simulated
 WAITED = 0.0001  # seconds that are slept where nothing is waited for: less than a sync takes
 SAVER = """
@@ -96,7 +96,7 @@ def of_saves(scale: Scale) -> Iterator[Table | Goal]:
     scale.progress("saves with and without a journal")
     figures: dict[str, list[float]] = {"without": [], "with a journal": []}
     with tempfile.TemporaryDirectory() as place:
-        for _ in range(scale.of(9, 3)):
+        for _ in range(scale.of(19, 3)):
             for name, values in figures.items():
                 directory = Path(place, name.replace(" ", "-"))
                 own = {} if name == "without" else {"JOURNAL_DIRECTORY": str(directory)}

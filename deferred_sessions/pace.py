@@ -22,9 +22,9 @@ from deferred_sessions.memory.counters import Counter, Counters
 T = TypeVar("T")
 
 SHORT: Final = 0.1  # of the time that a thread was ready to run it had to wait: that is too much
-AS_LONG: Final = 3  # times as long as the batch took: a quarter of a processor is left to a poller
+AS_LONG: Final = 8  # times as long as the batch took: a ninth of a processor is left to a poller
 LONGEST: Final = 0.2  # seconds of one pause
-PART: Final = 8  # of a batch, at a time: what PostgreSQL takes for it, a request may have to wait
+PART: Final = 16  # of a batch, at a time: what PostgreSQL takes for it, a request may have to wait
 STATISTICS: Final = Path("/proc/thread-self/schedstat")
 
 

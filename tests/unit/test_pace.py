@@ -10,9 +10,10 @@ from typing import NamedTuple
 import pytest
 
 from deferred_sessions.memory.counters import Counter, Counters
-from deferred_sessions.pace import LONGEST, SHORT, Look, Pace, look
+from deferred_sessions.pace import AS_LONG, LONGEST, PART, SHORT, Look, Pace, look
 
-BATCH = 80
+BATCH = 10 * PART
+SECONDS = 0.12 / AS_LONG  # of a batch after which it pauses for 0.12 s
 
 
 class Run(NamedTuple):
@@ -54,8 +55,8 @@ def batch(seconds: float, *, waited: float, served: int = 1, ran: float = 0.01) 
     return [before, after, after]
 
 
-def test_it_pauses_three_times_as_long_as_the_batch_took() -> None:
-    assert paused(*batch(0.03, waited=0.01)) == [pytest.approx(0.09)]
+def test_it_pauses_several_times_as_long_as_the_batch_took() -> None:
+    assert paused(*batch(SECONDS, waited=0.01)) == [pytest.approx(0.12)]
 
 
 def test_not_where_processors_are_free() -> None:
@@ -78,7 +79,7 @@ def test_a_pause_has_a_bound() -> None:
 
 
 def test_so_have_all_pauses_of_a_run() -> None:
-    first = batch(0.04, waited=1.0)
+    first = batch(SECONDS, waited=1.0)
     second = [look._replace(at=look.at + 1, waited=9.0, served=99) for look in first[1:]]
     assert paused(*first, *second, patience=0.15) == [pytest.approx(0.12), pytest.approx(0.03)]
     assert paused(*first, *second, patience=0.12) == [pytest.approx(0.12)]
@@ -86,23 +87,23 @@ def test_so_have_all_pauses_of_a_run() -> None:
 
 def test_each_pause_is_of_what_came_since_the_last() -> None:
     """What the thread waited for before it paused is over."""
-    first = batch(0.04, waited=1.0)
+    first = batch(SECONDS, waited=1.0)
     assert paused(*first, first[1]._replace(at=101.0, served=99), first[1]) == [pytest.approx(0.12)]
 
 
 def test_it_does_little_at_a_time_until_there_are_processors() -> None:
     """The first batch is a whole one: nobody knows yet."""
     short, free = batch(0.03, waited=0.01), batch(0.03, waited=0.0)
-    assert run(*short, *free[1:]).sizes == [BATCH, BATCH // 8, BATCH]
+    assert run(*short, *free[1:]).sizes == [BATCH, BATCH // PART, BATCH]
     assert run(*free).sizes == [BATCH, BATCH]
 
 
 def test_it_does_much_at_a_time_when_it_may_not_pause() -> None:
     """To the end as fast as can be; so it does when its patience is at an end."""
-    short = batch(0.04, waited=0.01)
+    short = batch(SECONDS, waited=0.01)
     assert run(*short, may_pause=False).sizes == [BATCH, BATCH]
     later = [look._replace(at=look.at + 1, waited=9.0, served=99) for look in short[1:]]
-    assert run(*short, *later, patience=0.12).sizes == [BATCH, BATCH // 8, BATCH]
+    assert run(*short, *later, patience=0.12).sizes == [BATCH, BATCH // PART, BATCH]
 
 
 @pytest.fixture
