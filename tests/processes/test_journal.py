@@ -52,7 +52,20 @@ while True:
     time.sleep(float(sys.argv[1]))
 """
 
-
+SYNC = """
+import itertools, os, sys, time
+import django; django.setup()
+from deferred_sessions.runtime import get_runtime
+real, number, calls = os.fdatasync, int(sys.argv[1]), itertools.count(1)
+def fdatasync(descriptor):
+    if next(calls) == number:
+        print("stopped", flush=True)
+        time.sleep(60)
+    real(descriptor)
+os.fdatasync = fdatasync
+get_runtime().agent.start()
+time.sleep(60)
+"""
 STOP = """
 import itertools, os, sys, time
 from pathlib import Path
@@ -212,6 +225,24 @@ def test_the_keeper_is_killed_in_mid_swap_and_mid_reset(
             lose_power(site)
         assert_nothing_is_lost(writers)
     get_runtime().flusher.flush_once(time.time(), everything=True)
+
+
+def test_the_agent_is_killed_in_mid_sync(journaled: Callable[..., Site], tmp_path: Path) -> None:
+    """Savers go on, with nobody to sync for them; and power is lost with them, too."""
+    site = journaled(SYNC_INTERVAL=0.01)
+    writers = Writers(site, tmp_path, 3)
+    for number in (1, 2, 7):
+        writers.start()
+        agent = site.start("-c", SYNC, str(number), stdout=subprocess.PIPE, kill=True)
+        assert agent.stdout is not None
+        assert agent.stdout.readline() == b"stopped\n"
+        agent.kill()
+        agent.wait()
+        agent.stdout.close()
+        writers.wait_for(15)
+        writers.kill()
+        lose_power(site)
+        assert_nothing_is_lost(writers)
 
 
 def test_a_recovery_that_is_killed(journaled: Callable[..., Site], tmp_path: Path) -> None:
