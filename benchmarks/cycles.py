@@ -68,7 +68,7 @@ def measure_size(work: Work, size: int, scale: Scale) -> Figures:
         cycles = max(1, cycles // scale.of(1, 4))
         candidates[name] = partial(per_cycle, partial(work, store, keys), cycles)
     take_turns(candidates, 1)  # to warm up
-    return take_turns(candidates, scale.of(10, 3))
+    return take_turns(candidates, scale.of(10, 2))
 
 
 def per_cycle(work: Callable[[int], object], cycles: int) -> float:

@@ -226,7 +226,7 @@ def flushes(stack: ExitStack, sites: Sites, scale: Scale) -> Iterator[Table | Go
     rivals = {kind: partial(rate, kind) for kind in kinds if kind != COPIED}
     take_turns(rivals, 1)  # to warm up
     copied = take_turns({COPIED: partial(rate, COPIED)}, scale.of(3, 1))
-    figures = take_turns(rivals, scale.of(15, 3)) | copied
+    figures = take_turns(rivals, scale.of(15, 1)) | copied
     rates, busy = medians(figures), medians(cores)
     yield Table(
         f"flush of {DIRTY:,} changed sessions of 300 bytes",
@@ -254,7 +254,7 @@ def cycles(stack: ExitStack, sites: Sites, scale: Scale) -> Iterator[Table | Goa
         nodes[kind]("create", 1000)
     figures = take_turns(
         {kind: lambda n=node: float(n("cycle", 5_000)) for kind, node in nodes.items()},
-        scale.of(15, 3),
+        scale.of(15, 1),
     )
     found = medians(figures)
     yield Table(

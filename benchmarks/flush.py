@@ -55,7 +55,7 @@ def measure(scale: Scale) -> Iterator[Table | Goal]:
                 "with a neighbour": bench.beside_another,
                 "flush": bench.flush,
             },
-            scale.of(11, 3),
+            scale.of(11, 1),
         )
         rates = (f"{number / value:,.0f}" for value in medians(figures).values())
         rows.append((f"{number:,} dirty", *rates))

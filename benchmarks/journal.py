@@ -96,7 +96,7 @@ def of_saves(scale: Scale) -> Iterator[Table | Goal]:
     scale.progress("saves with and without a journal")
     figures: dict[str, list[float]] = {"without": [], "with a journal": []}
     with tempfile.TemporaryDirectory() as place:
-        for _ in range(scale.of(19, 3)):
+        for _ in range(scale.of(19, 1)):
             for name, values in figures.items():
                 directory = Path(place, name.replace(" ", "-"))
                 own = {} if name == "without" else {"JOURNAL_DIRECTORY": str(directory)}
@@ -128,7 +128,6 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
                 "1 process": lambda: savers(1, count),
                 many: lambda: savers(PROCESSES, count),
                 ceiling: lambda: savers(PROCESSES, count, interval=0.1, pause=WAITED),
-                f"{many} that do not wait": lambda: savers(PROCESSES, count, interval=0.1),
                 "1 process, simulated disk": lambda: savers(1, count // 5, delay=SLOW),
                 f"{many}, simulated disk": lambda: savers(PROCESSES, count // 5, delay=SLOW),
                 "PostgreSQL, a commit each, 1 process": lambda: commits(1, count),
