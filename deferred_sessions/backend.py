@@ -164,11 +164,11 @@ class SessionStore(DeferredSession):
         if self.session_key is None:
             self.create()
             return
-        if must_create or "_session_cache" not in self.__dict__:
-            session = self._get_session(no_load=must_create)  # type: ignore[attr-defined]
-            if must_create:
-                self._insert(session)
-                return
+        if must_create:
+            self._insert(self._get_session(no_load=True))  # type: ignore[attr-defined]
+            return
+        if "_session_cache" not in self.__dict__:
+            self._get_session()  # type: ignore[attr-defined]
         saving = self.save_in_memory()
         if saving is not None:
             self.finish(saving)
