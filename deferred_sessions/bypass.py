@@ -110,8 +110,7 @@ class Bypass:
         self, saving: Saving, known: SessionRecord | None, written: SessionRecord
     ) -> Entry[Snapshot] | Saving:
         """Have memory forget what PostgreSQL has now, unless it has something newer."""
-        self._store.count_removal()  # a load under way must not keep what it has read
-        left = self._store.update(saving.key, partial(_given_up, known, written))[1]
+        left = self._store.give_up(saving.key, partial(_given_up, known, written))[1]
         if left is not None and has_moved_on(left, saving.base) and not left.is_tombstone:
             return saving._replace(rest=Rest.MERGE, record=left)
         return Entry(written.version, written.entered_at, saving.snapshot)

@@ -90,6 +90,8 @@ class Journal:
     def append(self, name: bytes, data: bytes) -> None:
         """Write a record to the active log; on disk with the next sync.
 
+        Without data it says that PostgreSQL has all that the logs have of this session.
+
         If the transaction fails, the next record is written over it, or follows it: it is
         a change that nobody was told of.
 
@@ -108,8 +110,8 @@ class Journal:
         active = generation & 1
         position = words[_POSITION + active]
         frame = log_file.encode(name, data, position, opened[1])
-        # A deletion is small, and must not fail.
-        reserve = 0 if len(data) > SMALL else RESERVE
+        # A deletion is small, and must not fail; it does no harm if what says nothing does.
+        reserve = 0 if len(data) > SMALL else RESERVE if data else RESERVE // 2
         if position + len(frame) > GROWTH * self._size + reserve:
             raise StoreFullError(FULL)
         try:

@@ -150,6 +150,10 @@ class HostStore(Transactions):
         """Do `bury` past a journal that takes nothing; PostgreSQL must know of the deletion."""
         return self._write(tables.update_unlogged, key, transition)
 
+    def give_up(self, key: str, transition: Transition) -> Change:
+        """Do `update` for a session that was saved past memory; loads under way keep nothing."""
+        return self._write(tables.give_up, key, transition)
+
     def removals(self, key: str) -> bytes:
         """Return what tells `keep` what was removed since; ask before you ask PostgreSQL."""
         return self._read(tables.removals, key)

@@ -126,6 +126,22 @@ def update_unlogged(
     return update(txn, dbs._replace(log=None), key, transition, True)
 
 
+def give_up(txn: lmdb.Transaction, dbs: Databases, key: str, transition: Transition) -> Change:
+    """Do `update` after a save past memory; the journal learns that it has nothing of what is gone.
+
+    What is left is right in memory even if the journal is too full to take it.
+    """
+    count_removal(txn, dbs)
+    try:
+        change = update(txn, dbs, key, transition, True)
+    except StoreFullError:
+        change = update_unlogged(txn, dbs, key, transition)
+    if change[1] is None and dbs.log is not None:
+        with suppress(StoreFullError):  # then a recovery asks PostgreSQL in vain, that is all
+            dbs.log.append(key.encode(), b"")
+    return change
+
+
 def keep(
     txn: lmdb.Transaction,
     dbs: Databases,

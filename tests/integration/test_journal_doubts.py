@@ -16,7 +16,10 @@ import pytest
 from django.db import connection
 
 from deferred_sessions.backend import SessionStore
+from deferred_sessions.memory import journal
+from deferred_sessions.memory.counters import Counter
 from deferred_sessions.memory.tables import Dirty
+from deferred_sessions.models import RefusedWrite
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
 from deferred_sessions.servers import sql
 from deferred_sessions.servers.server import SessionServer
@@ -220,6 +223,27 @@ def test_two_processes_have_the_same_session_judged(
     outcome = writer.write([stale], time.time())
     assert (outcome.fenced, outcome.moved) == ([], [stale])
     assert SessionStore(session.session_key).load() == {"n": 2}
+
+
+def test_a_session_saved_past_a_full_journal(
+    journaled: Callable[..., Runtime], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the journal had of it is older than the row: it is no change that got lost."""
+    journaled()
+    session = created(n=0)
+    change(session, n=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "GROWTH", 0)
+        change(session, n=1, ballast="x" * 200)
+        change(session, n=2)
+        assert get_runtime().counters.totals()[Counter.STORE_FULL] == 2
+    now = {"n": 2, "ballast": "x" * 200}
+    runtime = lose_power(directory)
+    runtime.flusher.flush_once(time.time(), everything=True)
+    assert SessionStore(session.session_key).load() == row(session.session_key) == now
+    counted = runtime.counters.totals()
+    assert (counted[Counter.SUPERSEDED], counted[Counter.FENCED]) == (0, 0)
+    assert not RefusedWrite.objects.exists()
 
 
 def test_what_was_revoked_is_found_among_many(journaled: Callable[..., Runtime]) -> None:

@@ -113,6 +113,7 @@ class Writers:
     def start(self) -> None:
         for key, output in zip(self.keys, self._outputs, strict=True):
             with output.open("ab") as file:
+                file.truncate(output.read_bytes().rfind(b"\n") + 1)  # a line cut short by a kill
                 self._processes.append(self._site.start("-c", WRITE, key, stdout=file, kill=True))
 
     def acknowledged(self) -> list[int]:

@@ -198,6 +198,21 @@ def test_a_full_journal_holds_no_flusher_up(host: Host, monkeypatch: pytest.Monk
     assert host.store.status().dirty == 0
 
 
+def test_a_session_saved_past_memory_and_a_broken_disk(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is right whatever the journal takes: what others changed outdoes what was written."""
+    for number in range(2):
+        put(host.store, key(number))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", refuse)
+        host.store.give_up(key(0), lambda _: None)
+        host.store.give_up(key(1), lambda record: record and record._replace(version=9))
+    assert {record.key: record.version for record in host.store.scan()} == {key(1): 9}
+    host.lose_power()  # the journal has what it was told; PostgreSQL is asked for what is later
+    assert set(host.records()) == {key(0), key(1)}
+
+
 def _due_later(record: records.SessionRecord | None) -> records.SessionRecord | None:
     return record and lifecycle.due_again(record, due_at=NOW + 1000)
 
