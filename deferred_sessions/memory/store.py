@@ -134,8 +134,8 @@ class HostStore(Transactions):
         if not self._may_grow:
             self._look()
         change = self._write(tables.update, key, transition, self._may_grow)
-        if self.journal is not None and self.journal.is_behind(now := time.time()):
-            self._sync_late(self.journal, now)
+        if self.journal is not None:
+            self._sync_if_behind(self.journal, time.time())
         if change[1] is not None:
             self._written += PAGE + len(change[1].payload)
             if self._written > self._look_after:
@@ -152,7 +152,10 @@ class HostStore(Transactions):
 
     def give_up(self, key: str, transition: Transition) -> Change:
         """Do `update` for a session that was saved past memory; loads under way keep nothing."""
-        return self._write(tables.give_up, key, transition)
+        change = self._write(tables.give_up, key, transition)
+        if self.journal is not None:  # if it is full, no other save syncs what it has
+            self._sync_if_behind(self.journal, time.time())
+        return change
 
     def removals(self, key: str) -> bytes:
         """Return what tells `keep` what was removed since; ask before you ask PostgreSQL."""
@@ -335,8 +338,10 @@ class HostStore(Transactions):
         """
         self._write(tables.set_note, name, value, voids_loads)
 
-    def _sync_late(self, journal: Journal, now: float) -> None:
-        """Sync because nobody else does; what was saved is in memory, whatever the disk says."""
+    def _sync_if_behind(self, journal: Journal, now: float) -> None:
+        """Sync if nobody else does; what was saved is in memory, whatever the disk says."""
+        if not journal.is_behind(now):
+            return
         try:
             journal.sync(now)
         except StoreError:
