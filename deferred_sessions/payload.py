@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import compress
 from json.encoder import encode_basestring_ascii
 from operator import is_not
@@ -37,6 +37,7 @@ _keys: Final = dict.keys  # as they are, also of a `LazySession`
 _values: Final = dict.values
 _items: Final = dict.items
 _value: Final = dict.__getitem__
+FEW: Final = 8  # changed keys that are looked for one by one
 _encode_value: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -152,23 +153,23 @@ class _JsonSnapshot:
     the first copy is the decoded session itself, and a save then encodes all of it.
     """
 
-    __slots__ = ("_first", "_fragments", "_is_flat", "_values", "is_own", "payload")
+    __slots__ = ("_first", "_is_flat", "_names", "_texts", "_values", "is_own", "payload")
 
-    def __init__(
-        self, payload: bytes, fragments: Mapping[str, str] = _NOTHING, *, is_own: bool = False
-    ) -> None:
+    def __init__(self, payload: bytes, texts: Sequence[str] = (), *, is_own: bool = False) -> None:
         self.payload = payload
         self.is_own = is_own
         """This process made the payload, so it may well make the next one, too."""
         self._first: Session | None = None
         """What the first copy of another process's session had at first. Its nested values
         are that request's: good for nothing here."""
+        self._names: list[str] = []
+        """All keys, in order, as soon as there are values."""
         self._values: Session | None = None
         """All keys, in order; scalars are shared, others are packed."""
         self._is_flat = True
         """Nothing is packed."""
-        self._fragments = fragments
-        """The text of all keys and values as it stands in the payload, if known."""
+        self._texts = texts
+        """The text of all items as it stands in the payload, in order, if known."""
 
     def copy(self) -> Session:
         if self._values is None and self._first is None and not self.is_own:
@@ -188,35 +189,66 @@ class _JsonSnapshot:
         if self._values is None and first is not None:
             return self._changed_at_first(first, session, watched)
         try:
-            values, known = self._values or self._take_apart(), self._fragments
+            values = self._values or self._take_apart()
         except _TooDeepError:
             return _SerializerSnapshot(self.payload, JSONSerializer).changed_to(session)
-        has_same_keys = [*_keys(session)] == [*values]
-        changed = _changed_keys(session, values, has_same_keys=has_same_keys)
-        if has_same_keys and not changed:
-            return self, ()
-        if not (known and has_same_keys) and not (
-            self.is_own and _TEXT.issuperset(map(type, _keys(session)))
-        ):
-            # Taking a payload apart pays only for a session that this process goes on
-            # writing; and a key that is no string becomes one in JSON.
-            after = _JsonSnapshot(_encoded(session), is_own=True)
-            return after, _with_removed(changed, session, values)
-        if known and has_same_keys:
-            fragments = {**known}
+        names = [*_keys(session)]
+        if names == self._names:
+            changed = _changed_keys(session, values, self._names)
+            if not changed:
+                return self, ()
+            if self._texts:
+                return self._changed_in(session, changed), changed
         else:
-            fragments = {key: known.get(key, "") for key in _keys(session)}
-        for key in changed if known else _keys(session):
-            fragments[key] = _fragment(key, session[key])
-        payload = f"{{{','.join(fragments.values())}}}".encode("latin-1")
-        after = _JsonSnapshot(payload, fragments, is_own=True)
-        try:  # noqa: SIM105 - `suppress` takes as long as the rest
-            after._set_changed(self, session, changed, has_same_keys=has_same_keys)
-        except _TooDeepError:
-            pass
-        if has_same_keys:
-            return after, changed
-        return after, _with_removed(changed, session, values)
+            changed = _with_removed(_new_keys(session, values), session, values)
+        # Taking a payload apart pays only for a session that this process goes on writing;
+        # and a key that is no string becomes one in JSON.
+        if not self.is_own or not _TEXT.issuperset(map(type, names)):
+            return _JsonSnapshot(_encoded(session), is_own=True), changed
+        return self._rewritten(session, names, changed), changed
+
+    def _changed_in(self, session: Session, changed: list[str]) -> _JsonSnapshot:
+        """Return the snapshot of `session`, which has the same keys."""
+        texts, names = [*self._texts], self._names
+        new = {key: _fragment(key, session[key]) for key in changed}
+        places = {key: place for place, key in enumerate(names)} if len(new) > FEW else {}
+        for key, text in new.items():
+            texts[places[key] if places else names.index(key)] = text
+        return self._followed(texts, names, {**(self._values or _NOTHING)}, session, new)
+
+    def _rewritten(self, session: Session, names: list[str], changed: list[str]) -> _JsonSnapshot:
+        """Return the snapshot of `session`, which has other keys, or whose texts are not known."""
+        known = dict(zip(self._names, self._texts, strict=True)) if self._texts else {}
+        news = frozenset(changed)
+        new = {k: _fragment(k, session[k]) for k in names if k not in known or k in news}
+        texts = [new[key] if key in new else known[key] for key in names]
+        old = self._values or _NOTHING
+        return self._followed(texts, names, {key: old.get(key) for key in names}, session, new)
+
+    def _followed(
+        self,
+        texts: list[str],
+        names: list[str],
+        values: Session,
+        session: Session,
+        new: Mapping[str, str],
+    ) -> _JsonSnapshot:
+        """Return the snapshot that has these texts, with the `values` of this one but for `new`."""
+        after = _JsonSnapshot(f"{{{','.join(texts)}}}".encode("latin-1"), texts, is_own=True)
+        is_flat = self._is_flat
+        for key, text in new.items():
+            value = session[key]
+            if type(value) not in _SCALARS:
+                # As it will be decoded: JSON makes lists of tuples, and text of all keys.
+                (value,) = json.loads(f"{{{text}}}").values()
+                try:
+                    value = _in_store(value)
+                except _TooDeepError:
+                    return after
+                is_flat = is_flat and type(value) is not Packed
+            values[key] = value
+        after._names, after._values, after._is_flat = names, values, is_flat
+        return after
 
     def _changed_at_first(
         self, first: Session, session: Session, watched: Container[str] | None
@@ -238,28 +270,12 @@ class _JsonSnapshot:
             changed.append(key)
         return _JsonSnapshot(payload, is_own=True), _with_removed(changed, session, first)
 
-    def _set_changed(
-        self, before: _JsonSnapshot, session: Session, changed: list[str], *, has_same_keys: bool
-    ) -> None:
-        """Take over what has not changed from `before`, the rest from `session`."""
-        old = before._values or _NOTHING
-        values = {**old} if has_same_keys else {key: old.get(key) for key in _keys(session)}
-        is_flat = before._is_flat
-        for key in changed:
-            value = session[key]
-            if type(value) not in _SCALARS:
-                # As it will be decoded: JSON makes lists of tuples, and text of all keys.
-                (value,) = json.loads(f"{{{self._fragments[key]}}}").values()
-                value = _in_store(value)
-                is_flat = is_flat and type(value) is not Packed
-            values[key] = value
-        self._values, self._is_flat = values, is_flat
-
     def _take_apart(self) -> Session:
         if self._values is None:
             values = _readable(JSONSerializer, self.payload)
             kept = {key: _in_store(value) for key, value in values.items()}
             self._is_flat = Packed not in map(type, kept.values())
+            self._names = [*kept]
             self._values, self._first = kept, None
             return kept
         return self._values
@@ -280,13 +296,15 @@ def _in_store(value: Any) -> Any:
     return kept
 
 
-def _changed_keys(session: Session, values: Session, *, has_same_keys: bool) -> list[str]:
-    """Return the keys of `session` whose value is not exactly the one in `values`."""
-    suspects: Iterable[str]
-    if has_same_keys:  # at the speed of C
-        suspects = compress(values, map(is_not, _values(session), values.values()))
-    else:
-        suspects = (k for k, v in _items(session) if v is not values.get(k, _MISSING))
+def _changed_keys(session: Session, values: Session, names: list[str]) -> list[str]:
+    """Return those of `names`, the keys of both, whose value is not exactly the one in `values`."""
+    suspects = compress(names, map(is_not, _values(session), values.values()))  # at the speed of C
+    return [key for key in suspects if _is_other(_value(session, key), values[key])]
+
+
+def _new_keys(session: Session, values: Session) -> list[str]:
+    """Return the keys of `session` whose value is not exactly the one in `values`, if any."""
+    suspects = (key for key, value in _items(session) if value is not values.get(key, _MISSING))
     return [key for key in suspects if _is_other(_value(session, key), values.get(key, _MISSING))]
 
 
@@ -301,7 +319,7 @@ class _TooDeepError(Exception):
     """A value is nested deeper than marshal goes, though JSON does."""
 
 
-def _with_removed(changed: list[str], session: Session, values: Session) -> Iterable[str]:
+def _with_removed(changed: list[str], session: Session, values: Session) -> list[str]:
     return [*changed, *(key for key in values if key not in session)]
 
 

@@ -31,6 +31,7 @@ from itertools import compress
 from typing import Any, Final, NamedTuple
 
 from deferred_sessions.exceptions import RecordCorruptError
+from deferred_sessions.policy import Policy
 
 FORMAT: Final = 4
 SHORT: Final = FORMAT | 0x80  # what begins a clean record
@@ -276,6 +277,49 @@ def encode_written(data: bytes, head: Head, now: float) -> bytes:
             created_at, expires_at, expires_at, now, 0.0, 0.0, used_at, entered_at,
         )  # fmt: skip
     return written + data[_SIZE if head[0] == FORMAT else _size(data) :]
+
+
+def encode_saved_again(  # noqa: PLR0917 - positional, because most saves do it
+    data: bytes | memoryview,
+    version: int,
+    entered_at: float,
+    payload: bytes,
+    user_id: str,
+    expires_at: float,
+    used_after: float,
+    now: float,
+    policy: Policy,
+) -> bytes | None:
+    """Return the bytes of a changed record after one more change; None if more than that is new.
+
+    The same as decoding, `lifecycle.saved` and encoding, at half of the cost, for a record that
+    still is the one of `version` and `entered_at`, was used `used_after` some time, becomes due
+    no earlier, and does not expire in PostgreSQL before it is due.
+    """
+    if len(data) < _SIZE or data[0] != FORMAT:
+        return None
+    (
+        _, user_length, flags, updates, requests, known, stored_version, fence, created_at, _,
+        stored_expires_at, written_at, changed_at, due_at, used_at, known_since,
+    ) = _HEADER.unpack_from(data)  # fmt: skip
+    start, user = _SIZE + user_length, user_id.encode()
+    if (
+        flags != DIRTY
+        or known != version
+        or known_since != entered_at
+        or not changed_at
+        or used_at <= used_after
+        or not now + policy.interval < stored_expires_at < expires_at
+        or data[start:] == payload
+        or (due_at > now and policy.has_reached_count(updates + 1, requests))
+    ):
+        return None
+    head = _HEADER.pack(
+        FORMAT, len(user), DIRTY, updates + 1, requests, version + 1, stored_version, fence,
+        created_at, expires_at, stored_expires_at, written_at, changed_at, due_at, used_at,
+        entered_at,
+    )  # fmt: skip
+    return b"".join((head, user, payload))
 
 
 def _size(data: bytes) -> int:

@@ -28,6 +28,7 @@ from deferred_sessions.memory.cache import Entry, SessionCache
 from deferred_sessions.memory.counters import Counter, Counters
 from deferred_sessions.memory.pulse import Pulse, moment
 from deferred_sessions.memory.store import HostStore
+from deferred_sessions.memory.tables import Change
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import CLOSED, DIRTY, RECOVERED, SHUT, TOMBSTONE, SessionRecord
@@ -154,7 +155,7 @@ class Tiers:
             SessionDeletedError: The session was deleted meanwhile; nothing is changed.
         """
         payload, policy = snapshot.payload, self._policy
-        version, entered_at = (None, None) if base is None else base[:2]
+        version, entered_at = UNKNOWN if base is None else base[:2]
 
         def transition(record: SessionRecord | None) -> SessionRecord | None:
             if record is None or record.flags & CLOSED:
@@ -165,30 +166,57 @@ class Tiers:
                 return record
             return lifecycle.saved(record, payload, user_id, expires_at, now, policy)
 
+        used_after = now - lifecycle.USE_GRAIN
+        change: Change | None
         try:
-            before, after = self._store.update(key, transition)
+            if is_urgent or base is None or snapshot is base[2] or self._store.is_strict:
+                change = self._store.update(key, transition)
+            else:
+                again = version, entered_at, payload, user_id, expires_at, used_after, now, policy
+                change = self._store.save(key, again, transition)
         except StoreFullError:
             return Saving(Rest.BYPASS, key, snapshot, user_id, expires_at, is_urgent, base)
+        if change is None:
+            return self._remembered(key, version + 1, entered_at, snapshot)
+        left = Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent, base)
+        return self._left(left, *change, now)
+
+    def _left(
+        self,
+        saving: Saving,
+        before: SessionRecord | None,
+        after: SessionRecord | None,
+        now: float,
+    ) -> Entry[Snapshot] | Saving:
+        """Return the session if its record became `after`, and that was all; else what is left."""
         if before is None or after is None:
-            return Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent, base)
-        if after is before and (obstacle := _obstacle(after, base)):
-            rest, known = obstacle
-            return Saving(rest, key, snapshot, user_id, expires_at, is_urgent, base, known)
-        # Not Entry(...), which costs as much as the rest of this method.
-        entry: Entry[Snapshot] = tuple.__new__(Entry, (after.version, after.entered_at, snapshot))
+            return saving
+        if after is before and (obstacle := _obstacle(after, saving.base)):
+            return saving._replace(rest=obstacle[0], record=obstacle[1])
+        is_urgent, policy = saving.is_urgent, self._policy
         if after.version == before.version:
             self._counters.add(Counter.TOUCHES)
             is_urgent = False
+            entry = Entry(after.version, after.entered_at, saving.snapshot)
         else:
-            self._counters.add(Counter.UPDATES)
-            self._cache.put(key, entry)
+            entry = self._remembered(saving.key, after.version, after.entered_at, saving.snapshot)
         if is_urgent or (
             after.stored_expires_at - now < policy.interval
             and policy.cannot_wait(now, after.expires_at, after.stored_expires_at)
         ):
-            return Saving(Rest.WRITE, key, snapshot, user_id, expires_at, is_urgent, base, after)
+            return saving._replace(rest=Rest.WRITE, record=after, is_urgent=is_urgent)
         if self._store.is_strict:
-            return Saving(Rest.SYNC, key, snapshot, user_id, expires_at, is_urgent, base, after)
+            return saving._replace(rest=Rest.SYNC, record=after, is_urgent=is_urgent)
+        return entry
+
+    def _remembered(
+        self, key: str, version: int, entered_at: float, snapshot: Snapshot
+    ) -> Entry[Snapshot]:
+        """Keep a change that was saved."""
+        # Not Entry(...), which costs as much as all the rest.
+        entry: Entry[Snapshot] = tuple.__new__(Entry, (version, entered_at, snapshot))
+        self._counters.add(Counter.UPDATES)
+        self._cache.put(key, entry)
         return entry
 
     def known_record(self, key: str, now: float) -> SessionRecord | None:

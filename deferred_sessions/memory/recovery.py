@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 import lmdb
 
 from deferred_sessions.exceptions import JournalError, RecordCorruptError, StoreUnavailableError
-from deferred_sessions.memory import log_file, tables
+from deferred_sessions.memory import log_file, restoring, tables
 from deferred_sessions.memory.environment import Databases
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.log_file import Header
@@ -210,7 +210,7 @@ def put(dbs: Databases, found: Findings, now: float) -> None:
             (name, encode_recovered(found.data(name), now)) for name in names[start : start + PART]
         ]
         with dbs.env.begin(dbs.records, write=True) as txn:
-            tables.restore(txn, dbs, part, now)
+            restoring.restore(txn, dbs, part, now)
         progress.say("Recovering sessions: %d of %d.", start, len(names))
 
 

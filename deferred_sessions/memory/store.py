@@ -25,7 +25,7 @@ from deferred_sessions.memory.environment import Databases, Log, MappedFile
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.log_file import Header
 from deferred_sessions.memory.recovery import forget, recover_if_needed
-from deferred_sessions.memory.tables import Change, Dirty, Transition
+from deferred_sessions.memory.tables import Again, Change, Dirty, Transition
 from deferred_sessions.memory.transactions import BATCH, Transactions
 from deferred_sessions.record import Head, SessionRecord
 
@@ -134,12 +134,21 @@ class HostStore(Transactions):
         if not self._may_grow:
             self._look()
         change = self._write(tables.update, key, transition, self._may_grow)
-        if self.journal is not None:
-            self._sync_if_behind(self.journal, time.time())
         if change[1] is not None:
-            self._written += PAGE + len(change[1].payload)
-            if self._written > self._look_after:
-                self._look()
+            self._note_written(len(change[1].payload))
+        return change
+
+    def save(self, key: str, again: Again, transition: Transition) -> Change | None:
+        """Do `update`; return None if the change was the one that `again` says.
+
+        Raises:
+            StoreFullError: No room, even after eviction; nothing was changed.
+        """
+        if not self._may_grow:
+            self._look()
+        change = self._write(tables.save, key, again, transition, self._may_grow)
+        if change is None or change[1] is not None:
+            self._note_written(len(again[2]))
         return change
 
     def bury(self, key: str, transition: Transition) -> Change:
@@ -337,6 +346,14 @@ class HostStore(Transactions):
         With `voids_loads`, nothing is kept that was read before: see `keep`.
         """
         self._write(tables.set_note, name, value, voids_loads)
+
+    def _note_written(self, size: int) -> None:
+        """Look after the journal, and after the level of the map, if it is time to."""
+        if self.journal is not None:
+            self._sync_if_behind(self.journal, time.time())
+        self._written += PAGE + size
+        if self._written > self._look_after:
+            self._look()
 
     def _sync_if_behind(self, journal: Journal, now: float) -> None:
         """Sync if nobody else does; what was saved is in memory, whatever the disk says."""

@@ -19,27 +19,28 @@ import lmdb
 from deferred_sessions.exceptions import RecordCorruptError, StoreFullError
 from deferred_sessions.memory import handing, indexes
 from deferred_sessions.memory.environment import Databases
+from deferred_sessions.policy import Policy
 from deferred_sessions.record import (
-    CHANGED_AT,
     DIRTY,
     Head,
     SessionRecord,
     decode,
     decode_head,
     encode,
+    encode_saved_again,
     encode_written,
-    is_tombstone,
 )
 
 Transition = Callable[[SessionRecord | None], SessionRecord | None]
 Change = tuple[SessionRecord | None, SessionRecord | None]
+Again = tuple[int, float, bytes, str, float, float, float, Policy]
+"""What `encode_saved_again` takes, after the bytes."""
 
 FULL: Final = (
     "The session store is full of changes that PostgreSQL does not have yet. Is the "
     "flusher running? Otherwise raise DEFERRED_SESSIONS['STORE_SIZE']."
 )
 _REMOVALS: Final = b"removals"  # note: transactions that removed something, 64 bits
-NO_LOG: Final = bytes(4)  # instead of a generation: whichever log has it
 MAX_BATCH: Final = 8 << 20  # bytes of records at once: a flush must fit into memory
 
 
@@ -98,7 +99,39 @@ def update(
         StoreFullError: It would take more room than before, and must not.
     """
     name = key.encode()
+    return _replaced(txn, dbs, key, name, txn.get(name), transition, may_grow)
+
+
+def save(  # noqa: PLR0917 - positional, because each save pays for keywords
+    txn: lmdb.Transaction,
+    dbs: Databases,
+    key: str,
+    again: Again,
+    transition: Transition,
+    may_grow: bool,
+) -> Change | None:
+    """Do `update`; return None if it was the change that `again` says, which takes half of it."""
+    name = key.encode()
     data = txn.get(name)
+    if data is not None and may_grow:
+        new_data = encode_saved_again(data, *again)
+        if new_data is not None:
+            if dbs.log is not None:
+                dbs.log.append(name, new_data)
+            txn.put(name, new_data)
+            return None
+    return _replaced(txn, dbs, key, name, data, transition, may_grow)
+
+
+def _replaced(  # noqa: PLR0917 - see `save`
+    txn: lmdb.Transaction,
+    dbs: Databases,
+    key: str,
+    name: bytes,
+    data: bytes | memoryview | None,
+    transition: Transition,
+    may_grow: bool,
+) -> Change:
     before = None if data is None else decode(key, data)
     after = transition(before)
     if after is before:
@@ -188,63 +221,6 @@ def update_many(
     for key, transition in sorted(transitions, key=itemgetter(0)):
         with suppress(StoreFullError):
             update(txn, dbs, key, transition, True)
-
-
-def restore(
-    txn: lmdb.Transaction, dbs: Databases, records: list[tuple[bytes, bytes]], now: float
-) -> None:
-    """Put records, by name and as `encode_recovered` made them at `now`, in order of names.
-
-    What is there already stays if it is the same state or a later one. In a new store,
-    and with names that grow from call to call, all is appended to full pages.
-    """
-    if not _is_behind(txn, dbs.records, records):
-        records = [each for each in records if _gives_way(txn, dbs, *each)]
-    due = indexes.DUE.pack(indexes.microseconds(now - 1.0))
-    sessions, tombstones = (
-        dict.fromkeys(
-            (indexes.minute(kind, now), indexes.start_of(name))
-            for name, data in records
-            if is_tombstone(data) is wanted
-        )
-        for kind, wanted in ((indexes.SESSIONS, False), (indexes.TOMBSTONES, True))
-    )
-    for database, items in (
-        (dbs.records, records),
-        (dbs.due, [(due + name, data[CHANGED_AT] + NO_LOG) for name, data in records]),
-        (dbs.used, list(sessions)),
-        (dbs.used, list(tombstones)),
-    ):
-        cursor = txn.cursor(database)
-        is_dup = database is dbs.used
-        cursor.putmulti(items, append=_is_behind(txn, database, items, is_dup=is_dup))
-
-
-def _is_behind(
-    txn: lmdb.Transaction,
-    database: lmdb._Database,
-    items: list[tuple[bytes, bytes]],
-    *,
-    is_dup: bool = False,
-) -> bool:
-    """Tell whether all of `items`, which are in order, come after all that is there."""
-    cursor = txn.cursor(database)
-    if not items or not cursor.last():
-        return True
-    # Of the keys alone, where each has one value: what has the same key is to be looked at.
-    return cursor.item() < items[0] and (is_dup or bytes(cursor.key()) < items[0][0])
-
-
-def _gives_way(txn: lmdb.Transaction, dbs: Databases, name: bytes, data: bytes) -> bool:
-    """Take what is there of a session out of the indexes if `data` is later."""
-    known = txn.get(name)
-    if known is None:
-        return True
-    before, after = (decode(name.decode(), each) for each in (known, data))
-    if (before.fence, before.version) >= (after.fence, after.version):
-        return False
-    indexes.reindex(txn, dbs, before, None)
-    return True
 
 
 class Dirty(NamedTuple):

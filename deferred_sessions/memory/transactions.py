@@ -41,26 +41,34 @@ class Transactions:
         """Return the figures of the store; costs microseconds."""
         return self._read(tables.status)
 
+    # The frame that repeats a transaction must not know the one that failed: as long as anybody
+    # does, whoever closes the map waits for it. And a call more would cost as much as a read.
+
     def _read(self, work: Work[*Ts, T], *args: *Ts) -> T:
         while True:
-            dbs = self._file.databases or self._file.open()
+            dbs, txn = self._file.databases or self._file.open(), None
             try:
-                return _transact(dbs, False, work, *args)
+                # By position (database, parent, write, buffers): names cost as much as a read.
+                with dbs.env.begin(dbs.records, None, False) as txn:
+                    return work(txn, dbs, *args)
             except lmdb.Error as error:
+                txn = None
                 self._cure(dbs, error)
 
     def _write(self, work: Work[*Ts, T], *args: *Ts) -> T:
         pauses = iter(PAUSES)
         while True:
-            dbs = self._file.databases or self._file.open()
+            dbs, txn = self._file.databases or self._file.open(), None
             try:
-                with self._file.writing:
-                    return _transact(dbs, True, work, *args)
+                with self._file.writing, dbs.env.begin(dbs.records, None, True) as txn:
+                    return work(txn, dbs, *args)
             except lmdb.MapFullError as error:
+                txn = None
                 if not self._make_room() and self._is_full():
                     raise StoreFullError(tables.FULL) from error
                 self._wait_for_readers(next(pauses, None), error)
             except lmdb.Error as error:
+                txn = None
                 self._cure(dbs, error)
 
     def _in_parts(self, items: Sequence[T], work: Callable[[Sequence[T]], object]) -> None:
@@ -82,14 +90,15 @@ class Transactions:
         """Evict a batch of clean sessions; return whether anything was gained."""
         dbs = self._file.databases or self._file.open()
         gained = dbs.env.reader_check() > 0  # a killed reader pins replaced pages
-        batch = BATCH
+        batch, txn = BATCH, None
         while batch:
             try:
-                with self._file.writing:
-                    evicted = _transact(dbs, True, eviction.evict, batch)
+                with self._file.writing, dbs.env.begin(dbs.records, None, True) as txn:
+                    evicted = eviction.evict(txn, dbs, batch)
             except lmdb.MapFullError:
                 batch //= 4  # removing takes pages too: try fewer
             except lmdb.Error as error:
+                txn = None
                 self._cure(dbs, error)
                 dbs = self._file.open()
             else:
@@ -122,10 +131,3 @@ class Transactions:
         raise StoreUnavailableError(
             f"The session store in {self._file.directory} failed: {error}"
         ) from error
-
-
-def _transact(dbs: Databases, write: bool, work: Work[*Ts, T], *args: *Ts) -> T:
-    # By position (database, parent, write, buffers), because by name the arguments cost
-    # as much as a read.
-    with dbs.env.begin(dbs.records, None, write) as txn:
-        return work(txn, dbs, *args)

@@ -74,7 +74,7 @@ from deferred_sessions.memory import recovery
 from deferred_sessions.runtime import get_runtime
 recovery.PART = 1
 step, number, calls = sys.argv[1], int(sys.argv[2]), itertools.count(1)
-owner = {"restore": recovery.tables, "fsync": os, "rename": Path}[step]
+owner = {"restore": recovery.restoring, "fsync": os, "rename": Path}[step]
 real = getattr(owner, step)
 def stop(*arguments):
     if next(calls) == number:

@@ -242,14 +242,14 @@ def _break(patch: pytest.MonkeyPatch, step: str) -> None:
         raise KeyboardInterrupt
 
     if step == "put":
-        real, calls = recovery.tables.restore, iter(range(9))
+        real, calls = recovery.restoring.restore, iter(range(9))
 
         def restore(*arguments: object) -> None:
             if next(calls) == 1:
                 die()
             real(*arguments)  # type: ignore[arg-type]
 
-        patch.setattr(recovery.tables, "restore", restore)
+        patch.setattr(recovery.restoring, "restore", restore)
     elif step in {"begin", "sync_directory"}:
         patch.setattr(logs, step, die)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -12,12 +13,14 @@ from hypothesis import strategies as st
 from deferred_sessions import lifecycle
 from deferred_sessions import record as record_module
 from deferred_sessions.exceptions import DeferredSessionsError, RecordCorruptError
+from deferred_sessions.memory.indexes import has_moved
 from deferred_sessions.memory.tables import Dirty
 from deferred_sessions.policy import Policy
 from deferred_sessions.record import (
     CHANGED,
     CHANGED_AT,
     FORMAT,
+    RECOVERED,
     SHUT,
     TOMBSTONE,
     TOUCHED,
@@ -26,6 +29,7 @@ from deferred_sessions.record import (
     decode_head,
     encode,
     encode_recovered,
+    encode_saved_again,
     encode_written,
     is_tombstone,
     split_rests,
@@ -116,6 +120,100 @@ def test_written_bytes_are_those_of_the_written_record(record: SessionRecord) ->
     data = encode(record)
 
     assert decode(record.key, encode_written(data, decode_head(data), 123.0)) == expected
+
+
+COUNTED = Policy(60.0, after_updates=50, after_requests=3)
+NOW = 1e9
+busy = st.builds(
+    lambda record, sooner, later, used_at, due_at, requests: record._replace(
+        flags=CHANGED | TOUCHED,
+        updates=record.updates % 60,
+        requests=requests,
+        version=record.version // 2,
+        expires_at=NOW + later,
+        stored_expires_at=NOW + sooner,
+        used_at=used_at,
+        due_at=due_at,
+    ),
+    anything,
+    st.sampled_from([0, 59, 60, 61, 1000]),
+    st.sampled_from([60, 61, 1000]),
+    st.sampled_from([0.0, NOW - 601, NOW - 600, NOW - 599, NOW]),
+    st.sampled_from([NOW - 1, NOW, NOW + 1]),
+    st.integers(min_value=0, max_value=4),
+)
+
+
+def saved_again(record: SessionRecord, payload: bytes, expires_at: float) -> bytes | None:
+    used_after = NOW - lifecycle.USE_GRAIN
+    return encode_saved_again(
+        *(encode(record), record.version, record.entered_at, payload, "42", expires_at),
+        *(used_after, NOW, COUNTED),
+    )
+
+
+@given(busy, st.sampled_from([b"", b"new"]), st.sampled_from([60, 61, 1000, 1001]))
+def test_bytes_saved_again_are_those_of_the_saved_record(
+    record: SessionRecord, payload: bytes, lifetime: float
+) -> None:
+    """The shortcut of a save does what `lifecycle.saved` does, where the indexes stay."""
+    expected = lifecycle.saved(record, payload, "42", NOW + lifetime, NOW, COUNTED)
+
+    data = saved_again(record, payload, NOW + lifetime)
+
+    if data is not None:
+        assert decode(record.key, data) == expected
+        assert expected is not record
+        assert not has_moved(record, expected)
+        assert not COUNTED.cannot_wait(NOW, expected.expires_at, expected.stored_expires_at)
+
+
+_BUSY = _CLEAN._replace(
+    flags=CHANGED | TOUCHED,
+    version=7,
+    expires_at=NOW + 900,
+    stored_expires_at=NOW + 800,
+    changed_at=NOW - 9,
+    due_at=NOW + 9,
+    used_at=NOW,
+)
+
+
+def test_most_saves_take_the_shortcut() -> None:
+    data = saved_again(_BUSY, b"new", NOW + 901)
+    assert data is not None
+    assert decode(_BUSY.key, data).version == 8
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"flags": CHANGED},
+        {"flags": CHANGED | TOUCHED | SHUT},
+        {"flags": CHANGED | TOUCHED | RECOVERED},
+        {"flags": TOMBSTONE | CHANGED | TOUCHED},
+        {"changed_at": 0.0},
+        {"used_at": NOW - 600},
+        {"stored_expires_at": NOW + 60},
+        {"stored_expires_at": NOW + 901},
+        {"payload": b"new"},
+        {"updates": 49},
+        {"requests": 3},
+    ],
+)
+def test_a_save_that_takes_more_thought(differs: dict[str, Any]) -> None:
+    assert saved_again(_BUSY._replace(**differs), b"new", NOW + 901) is None
+
+
+def test_a_save_of_another_state_takes_more_thought() -> None:
+    rest = (b"new", "", NOW + 901, NOW - 600, NOW, COUNTED)
+    data = encode(_BUSY)
+    assert encode_saved_again(data, 7, _BUSY.entered_at, *rest) is not None
+    assert encode_saved_again(data, 8, _BUSY.entered_at, *rest) is None
+    assert encode_saved_again(data, 7, _BUSY.entered_at + 1, *rest) is None
+    assert encode_saved_again(encode(_CLEAN), 1, _CLEAN.entered_at, *rest) is None
+    assert encode_saved_again(data[:50], 7, _BUSY.entered_at, *rest) is None
+    assert encode_saved_again(b"", 7, _BUSY.entered_at, *rest) is None
 
 
 @given(records, st.booleans())
