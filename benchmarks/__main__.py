@@ -45,6 +45,7 @@ BENCHMARKS = (
     "cleanup",
     "fleet",
 )
+QUICK = ("cycles", "web", "writes", "flush", "growth")  # what compares engines
 PACKAGES = {"redis-server": "redis-server", "wrk": "wrk"}  # command: package
 HERE = Path(__file__).parent
 SUMMARY = ("measure", "to reach", "reached (spread of the rounds)", "met")
@@ -58,14 +59,19 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", nargs="*", help=f"{', '.join(BENCHMARKS)}; all if not given")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; under two minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"fewer rounds, and only {', '.join(QUICK)} if none is given; under two minutes",
+    )
     options = parser.parse_args()
     unknown = set(options.what) - set(BENCHMARKS)
     if unknown:
         parser.error(f"there is no benchmark called {', '.join(sorted(unknown))}")
     with ExitStack() as stack:
         prepare(stack)
-        found = run(options.what or BENCHMARKS, Scale(quick=options.quick))
+        what = options.what or (QUICK if options.quick else BENCHMARKS)
+        found = run(what, Scale(quick=options.quick))
         if not options.what and not options.quick:
             write(found)
     return 0

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from benchmarks.engines import BARE, CONTROL, NOTHING, OURS, UNSHARED, available, engine
+from benchmarks.engines import BARE, CONTROL, GUARDED, NOTHING, OURS, UNSHARED, available, engine
 from benchmarks.measure import Figures, Goal, Plot, Scale, Table, medians, ratio, take_turns
 from benchmarks.server import Server
 from benchmarks.sessions import stored
@@ -72,7 +72,7 @@ def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
         yield from latencies(servers, figures, scale)
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        names = [NOTHING, BARE, OURS]
+        names = [NOTHING, BARE, GUARDED, OURS]
         servers = {name: server(stack, name, place, asynchronous=True) for name in names}
         figures = rates(servers, "/probe/acount/", scale)
         yield from of_uvicorn(figures)
@@ -105,6 +105,7 @@ def of_gunicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
         (OURS, "requests/s, gunicorn"),
         (UNSHARED, "a dictionary in place of this engine: a limit"),
         (BARE, "bare LMDB in its place, which outlives a worker: a limit"),
+        (GUARDED, "bare LMDB with versions, expiry and due times: a limit"),
     ):
         for control, limit, against in (
             (NOTHING, 0.9, "of the engine that does nothing"),
@@ -123,7 +124,11 @@ def of_uvicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
     yield table_of(
         "behind uvicorn, 2 workers, async view; each request changes its session", figures
     )
-    for name, what in ((OURS, "requests/s, uvicorn"), (BARE, "bare LMDB in its place: a limit")):
+    for name, what in (
+        (OURS, "requests/s, uvicorn"),
+        (BARE, "bare LMDB in its place: a limit"),
+        (GUARDED, "with versions, expiry and due times: a limit"),
+    ):
         value, spread = ratio(figures, NOTHING, name)
         against = f"{what}, of the engine that does nothing"
         yield Goal(against, value, 0.9, is_least=True, spread=spread)

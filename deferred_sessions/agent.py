@@ -150,7 +150,7 @@ class Agent:
     @property
     def is_started(self) -> bool:
         """There is a candidate in this process."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None
 
     def start(self) -> None:
         """Start a candidate in this process, unless there is one."""
@@ -158,10 +158,11 @@ class Agent:
             if not self.is_started:
                 forks.watch(self)
                 self._stop.clear()
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self.run, name="deferred_sessions_agent", daemon=True
                 )
-                self._thread.start()
+                thread.start()
+                self._thread = thread  # there is one until it is told to stop, or a fork
 
     def stop(self) -> None:
         """End the candidate of this process, and wait for it."""

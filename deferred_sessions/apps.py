@@ -5,7 +5,9 @@ Invariant: starting a process opens nothing; the first session does.
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +21,7 @@ from django.utils.translation import gettext_lazy as _
 if TYPE_CHECKING:
     from deferred_sessions.memory.pulse import Pulse
     from deferred_sessions.memory.store import HostStore
+    from deferred_sessions.runtime import Runtime
 
 SERVERS: Final = (WSGIHandler, ASGIHandler)
 """Who sends requests of real visitors. (Not the test client: an agent's connection would
@@ -50,14 +53,23 @@ class DeferredSessionsConfig(AppConfig):
         request_finished.connect(_on_request_finished, dispatch_uid="deferred_sessions")
 
 
-def _on_request_started(sender: type[object] | None, **_: Any) -> None:
-    from deferred_sessions.conf import is_under_test  # noqa: PLC0415
+@functools.cache
+def _runtime_in_use() -> Callable[[], Runtime | None]:
+    """Return what needs apps that are loaded; to import it for each request costs more than it."""
     from deferred_sessions.runtime import get_runtime_in_use  # noqa: PLC0415
 
-    if (runtime := get_runtime_in_use()) is not None:
+    return get_runtime_in_use
+
+
+def _on_request_started(sender: type[object] | None, **_: Any) -> None:
+    if (runtime := _runtime_in_use()()) is not None:
         runtime.request_end.begin()
         agent = runtime.agent
-        if agent.is_started or sender not in SERVERS or is_under_test():
+        if agent.is_started or sender not in SERVERS:
+            return
+        from deferred_sessions.conf import is_under_test  # noqa: PLC0415
+
+        if is_under_test():
             return
         if runtime.settings.agent:
             agent.start()
@@ -85,7 +97,5 @@ def _note_asgi(store: HostStore) -> None:
 
 
 def _on_request_finished(**_: Any) -> None:
-    from deferred_sessions.runtime import get_runtime_in_use  # noqa: PLC0415
-
-    if (runtime := get_runtime_in_use()) is not None:
+    if (runtime := _runtime_in_use()()) is not None:
         runtime.request_end.finish(time.time())

@@ -155,21 +155,30 @@ class _JsonSnapshot:
 
     __slots__ = ("_first", "_is_flat", "_names", "_texts", "_values", "is_own", "payload")
 
-    def __init__(self, payload: bytes, texts: Sequence[str] = (), *, is_own: bool = False) -> None:
+    def __init__(
+        self,
+        payload: bytes,
+        texts: Sequence[str] = (),
+        names: Sequence[str] = (),
+        values: Session | None = None,
+        *,
+        is_flat: bool = True,
+        is_own: bool = False,
+    ) -> None:
         self.payload = payload
         self.is_own = is_own
         """This process made the payload, so it may well make the next one, too."""
         self._first: Session | None = None
         """What the first copy of another process's session had at first. Its nested values
         are that request's: good for nothing here."""
-        self._names: list[str] = []
-        """All keys, in order, as soon as there are values."""
-        self._values: Session | None = None
-        """All keys, in order; scalars are shared, others are packed."""
-        self._is_flat = True
-        """Nothing is packed."""
         self._texts = texts
         """The text of all items as it stands in the payload, in order, if known."""
+        self._names = names
+        """All keys, in order, as soon as there are values."""
+        self._values = values
+        """All keys, in order; scalars are shared, others are packed."""
+        self._is_flat = is_flat
+        """Nothing is packed."""
 
     def copy(self) -> Session:
         if self._values is None and self._first is None and not self.is_own:
@@ -193,62 +202,52 @@ class _JsonSnapshot:
         except _TooDeepError:
             return _SerializerSnapshot(self.payload, JSONSerializer).changed_to(session)
         names = [*_keys(session)]
-        if names == self._names:
-            changed = _changed_keys(session, values, self._names)
+        has_same_keys = names == self._names
+        if has_same_keys:
+            changed = _changed_keys(session, values, names)
             if not changed:
                 return self, ()
-            if self._texts:
-                return self._changed_in(session, changed), changed
         else:
             changed = _with_removed(_new_keys(session, values), session, values)
-        # Taking a payload apart pays only for a session that this process goes on writing;
-        # and a key that is no string becomes one in JSON.
-        if not self.is_own or not _TEXT.issuperset(map(type, names)):
-            return _JsonSnapshot(_encoded(session), is_own=True), changed
-        return self._rewritten(session, names, changed), changed
+        try:
+            if has_same_keys and self._texts:
+                return self._changed_in(session, values, changed), changed
+            # Taking a payload apart pays only for a session that this process goes on writing;
+            # and a key that is no string becomes one in JSON.
+            if self.is_own and _TEXT.issuperset(map(type, names)):
+                return self._rewritten(session, values, frozenset(changed)), changed
+        except _TooDeepError:
+            pass
+        return _JsonSnapshot(_encoded(session), is_own=True), changed
 
-    def _changed_in(self, session: Session, changed: list[str]) -> _JsonSnapshot:
-        """Return the snapshot of `session`, which has the same keys."""
-        texts, names = [*self._texts], self._names
-        new = {key: _fragment(key, session[key]) for key in changed}
-        places = {key: place for place, key in enumerate(names)} if len(new) > FEW else {}
-        for key, text in new.items():
+    def _changed_in(self, session: Session, values: Session, changed: list[str]) -> _JsonSnapshot:
+        """Return the snapshot of `session`, which has the same keys as `values`."""
+        names, texts, kept, is_flat = self._names, [*self._texts], {**values}, self._is_flat
+        places = {key: place for place, key in enumerate(names)} if len(changed) > FEW else {}
+        for key in changed:
+            value = session[key]
+            text = _fragment(key, value)
             texts[places[key] if places else names.index(key)] = text
-        return self._followed(texts, names, {**(self._values or _NOTHING)}, session, new)
+            if type(value) not in _SCALARS:
+                value = _decoded(text)
+                is_flat = is_flat and type(value) is not Packed
+            kept[key] = value
+        return _JsonSnapshot(_joined(texts), texts, names, kept, is_flat=is_flat, is_own=True)
 
-    def _rewritten(self, session: Session, names: list[str], changed: list[str]) -> _JsonSnapshot:
+    def _rewritten(
+        self, session: Session, values: Session, changed: frozenset[str]
+    ) -> _JsonSnapshot:
         """Return the snapshot of `session`, which has other keys, or whose texts are not known."""
         known = dict(zip(self._names, self._texts, strict=True)) if self._texts else {}
-        news = frozenset(changed)
-        new = {k: _fragment(k, session[k]) for k in names if k not in known or k in news}
-        texts = [new[key] if key in new else known[key] for key in names]
-        old = self._values or _NOTHING
-        return self._followed(texts, names, {key: old.get(key) for key in names}, session, new)
-
-    def _followed(
-        self,
-        texts: list[str],
-        names: list[str],
-        values: Session,
-        session: Session,
-        new: Mapping[str, str],
-    ) -> _JsonSnapshot:
-        """Return the snapshot that has these texts, with the `values` of this one but for `new`."""
-        after = _JsonSnapshot(f"{{{','.join(texts)}}}".encode("latin-1"), texts, is_own=True)
-        is_flat = self._is_flat
-        for key, text in new.items():
-            value = session[key]
-            if type(value) not in _SCALARS:
-                # As it will be decoded: JSON makes lists of tuples, and text of all keys.
-                (value,) = json.loads(f"{{{text}}}").values()
-                try:
-                    value = _in_store(value)
-                except _TooDeepError:
-                    return after
-                is_flat = is_flat and type(value) is not Packed
-            values[key] = value
-        after._names, after._values, after._is_flat = names, values, is_flat
-        return after
+        texts: list[str] = []
+        kept: Session = {}
+        for key in _keys(session):
+            is_old = key not in changed
+            texts.append(known[key] if is_old and known else _fragment(key, session[key]))
+            kept[key] = values[key] if is_old else _decoded(texts[-1])
+        is_flat = Packed not in map(type, kept.values())
+        names = [*kept]
+        return _JsonSnapshot(_joined(texts), texts, names, kept, is_flat=is_flat, is_own=True)
 
     def _changed_at_first(
         self, first: Session, session: Session, watched: Container[str] | None
@@ -286,6 +285,20 @@ def _encoded(session: Session) -> bytes:
     return _encode_value(session).encode("latin-1")
 
 
+def _joined(texts: list[str]) -> bytes:
+    """Return the object that has these items."""
+    return f"{{{','.join(texts)}}}".encode("latin-1")
+
+
+def _decoded(text: str) -> Any:
+    """Return the value of an item as it will be decoded, such that it can be shared.
+
+    JSON makes lists of tuples, and text of all keys.
+    """
+    (value,) = json.loads(f"{{{text}}}").values()
+    return _in_store(value)
+
+
 def _in_store(value: Any) -> Any:
     """Return a decoded `value` such that it can be shared: packed, unless it is a scalar."""
     if type(value) in _SCALARS:
@@ -296,7 +309,7 @@ def _in_store(value: Any) -> Any:
     return kept
 
 
-def _changed_keys(session: Session, values: Session, names: list[str]) -> list[str]:
+def _changed_keys(session: Session, values: Session, names: Sequence[str]) -> list[str]:
     """Return those of `names`, the keys of both, whose value is not exactly the one in `values`."""
     suspects = compress(names, map(is_not, _values(session), values.values()))  # at the speed of C
     return [key for key in suspects if _is_other(_value(session, key), values[key])]

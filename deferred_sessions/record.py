@@ -155,7 +155,9 @@ def decode_head(data: memoryview | bytes) -> Head:
     Raises:
         RecordCorruptError: Too short, or of a layout this version does not know.
     """
-    return tuple.__new__(Head, _fields(data))  # not _make: this is the hot path
+    if len(data) >= _SIZE and data[0] == FORMAT:  # this is the hot path, therefore not _make
+        return tuple.__new__(Head, _HEADER.unpack_from(data))
+    return tuple.__new__(Head, _fields(data))
 
 
 def decode(key: str, data: memoryview | bytes) -> SessionRecord:

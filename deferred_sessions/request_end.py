@@ -62,13 +62,13 @@ class RequestEnd:
 
     def begin(self) -> None:
         """Forget uses in this context that did not belong to a request."""
-        _uses.set({})
+        if self.is_needed:
+            _uses.set({})
 
     def finish(self, now: float) -> None:
         """Settle the uses of the request that has ended."""
         self._counters.add(Counter.REQUESTS)
-        uses = _uses.get()
-        if not uses:
+        if not self.is_needed or not (uses := _uses.get()):
             return
         keys = list(uses)
         uses.clear()

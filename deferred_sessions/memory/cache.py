@@ -8,6 +8,7 @@ from the same stay there, so that no change of another process is missed.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
@@ -48,10 +49,8 @@ class SessionCache(Generic[T]):
         self._large: dict[str, int] = {}  # bytes of each large one
         self._bytes = 0  # and of all of them
         self._entries: OrderedDict[str, Entry[T]] = OrderedDict()
-
-    def get(self, key: str) -> Entry[T] | None:
-        """Return the entry of `key`, which may be out of date, or None."""
-        return self._entries.get(key)
+        self.get: Callable[[str], Entry[T] | None] = self._entries.get
+        """Returns the entry of a key, which may be out of date, or None."""
 
     def put(self, key: str, entry: Entry[T]) -> None:
         """Keep `entry` for `key`, in place of any other."""

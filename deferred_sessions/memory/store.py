@@ -49,6 +49,8 @@ class HostStore(Transactions):
         self.directory = directory
         self.journal = journal
         """Where changes go that a crash of the host must not take, or None."""
+        self.is_strict = journal is not None and not journal.sync_interval
+        """A save is acknowledged when it is on disk."""
         recover = partial(_recovered, journal)
         super().__init__(MappedFile(directory, size=size, identity=identity, recover=recover))
         self._look_after = size * LOOK_SHARE
@@ -77,11 +79,6 @@ class HostStore(Transactions):
         if self.journal is not None:
             self.journal.close()  # first: who opens the store from here on takes it again
         self._file.close()
-
-    @property
-    def is_strict(self) -> bool:
-        """A save is acknowledged when it is on disk."""
-        return self.journal is not None and not self.journal.sync_interval
 
     def make_durable(self, now: float) -> None:
         """Return when what was saved is on disk, if a save is to promise that."""
@@ -135,7 +132,9 @@ class HostStore(Transactions):
             self._look()
         change = self._write(tables.update, key, transition, self._may_grow)
         if change[1] is not None:
-            self._note_written(len(change[1].payload))
+            self._written += PAGE + len(change[1].payload)
+            if self._written > self._look_after or self.journal is not None:
+                self._look_after_save()
         return change
 
     def save(self, key: str, again: Again, transition: Transition) -> Change | None:
@@ -148,7 +147,9 @@ class HostStore(Transactions):
             self._look()
         change = self._write(tables.save, key, again, transition, self._may_grow)
         if change is None or change[1] is not None:
-            self._note_written(len(again[2]))
+            self._written += PAGE + len(again[2])
+            if self._written > self._look_after or self.journal is not None:
+                self._look_after_save()
         return change
 
     def bury(self, key: str, transition: Transition) -> Change:
@@ -347,11 +348,10 @@ class HostStore(Transactions):
         """
         self._write(tables.set_note, name, value, voids_loads)
 
-    def _note_written(self, size: int) -> None:
+    def _look_after_save(self) -> None:
         """Look after the journal, and after the level of the map, if it is time to."""
         if self.journal is not None:
             self._sync_if_behind(self.journal, time.time())
-        self._written += PAGE + size
         if self._written > self._look_after:
             self._look()
 

@@ -120,11 +120,10 @@ class Listeners:
 
     def wait(self, seconds: float, stop: threading.Event) -> set[str]:
         """Wait until any of them tells something, or for `seconds`; return what it was told."""
-        live = [self._at(alias) for alias in self._live()]
-        if len(live) == 1:
-            return live[0].wait(seconds, stop)
+        # psycopg would wake up ten times a second to look for signals, and whoever wakes up makes
+        # all the requests of the process that are under way wait.
         poll, places = select.poll(), dict[int, Listener]()
-        for listener in live:
+        for listener in map(self._at, self._live()):
             if (place := listener.socket()) is not None:
                 places[place] = listener
                 poll.register(place, select.POLLIN)
