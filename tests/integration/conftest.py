@@ -107,16 +107,19 @@ def dirty(count: int) -> list[SessionStore]:
 @contextmanager
 def no_room_to(work: str) -> Iterator[None]:
     """Have memory be full for what a method of `Tiers` puts there in the block."""
-    update = HostStore.update
-
-    def full(store: HostStore, key: str, transition: Any) -> Any:
-        if f"Tiers.{work}." in getattr(transition, "__qualname__", ""):
-            raise StoreFullError("full")
-        return update(store, key, transition)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostStore, "update", full)
+        for name in ("update", "save"):
+            patch.setattr(HostStore, name, _full_for(work, getattr(HostStore, name)))
         yield
+
+
+def _full_for(work: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def full(*arguments: Any) -> Any:
+        if f"Tiers.{work}." in getattr(arguments[-1], "__qualname__", ""):  # a transition
+            raise StoreFullError("full")
+        return real(*arguments)
+
+    return full
 
 
 def record(runtime: Runtime, session: SessionStore) -> SessionRecord:
