@@ -5,7 +5,8 @@ wrote the log's header; the first byte that does not fit ends it.
 
     header   magic 8, format u16, generation u64, salt 16, identity 32, checksum u32; 128 bytes
     frame    start magic u32, frame length u32, data length u32, offset in the log u64,
-             key length u8, key, record (see `record`), checksum u32, end magic u32
+             key length u8, key, record (see `record`), checksum u32, end magic u32;
+             without a record: what came before of this key counts no more
 
 The checksum of a frame begins with the salt, which is random for each log: so neither a frame
 of an earlier use of the file nor one that a visitor put into a session can pass for one.
