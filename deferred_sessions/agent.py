@@ -158,11 +158,14 @@ class Agent:
             if not self.is_started:
                 forks.watch(self)
                 self._stop.clear()
-                thread = threading.Thread(
+                self._thread = threading.Thread(
                     target=self.run, name="deferred_sessions_agent", daemon=True
                 )
-                thread.start()
-                self._thread = thread  # there is one until it is told to stop, or a fork
+                try:
+                    self._thread.start()
+                except RuntimeError:  # there can be no more threads
+                    self._thread = None
+                    raise
 
     def stop(self) -> None:
         """End the candidate of this process, and wait for it."""
@@ -174,17 +177,25 @@ class Agent:
 
     def run(self) -> None:
         """Be a candidate, and the agent when elected, until `stop` is called."""
-        while not self._stop.is_set():
-            try:
-                self._store.open()
-                with self._lock.held(wait=False) as is_elected:
-                    if is_elected:
-                        self._serve()
-            except DeferredSessionsError as error:
-                self._warn("candidate", time.time(), "The agent cannot start: %s", error)
-            except Exception:  # noqa: BLE001 - the directory may be gone for a moment
-                self._warn("candidate", time.time(), "The agent cannot start.", exc_info=True)
-            self._stop.wait(ROUND)
+        try:
+            while not self._stop.is_set():
+                self._stand()
+                self._stop.wait(ROUND)
+        finally:
+            if self._thread is threading.current_thread():
+                self._thread = None  # whatever has ended it: the next request starts another
+
+    def _stand(self) -> None:
+        """Try once to be elected, and serve."""
+        try:
+            self._store.open()
+            with self._lock.held(wait=False) as is_elected:
+                if is_elected:
+                    self._serve()
+        except DeferredSessionsError as error:
+            self._warn("candidate", time.time(), "The agent cannot start: %s", error)
+        except Exception:  # noqa: BLE001 - the directory may be gone for a moment
+            self._warn("candidate", time.time(), "The agent cannot start.", exc_info=True)
 
     def before_fork(self) -> None:
         """Leave the thread to the parent."""

@@ -242,9 +242,12 @@ class _JsonSnapshot:
         texts: list[str] = []
         kept: Session = {}
         for key in _keys(session):
-            is_old = key not in changed
+            is_old, value = key not in changed, _value(session, key)
             texts.append(known[key] if is_old and known else _fragment(key, session[key]))
-            kept[key] = values[key] if is_old else _decoded(texts[-1])
+            if is_old:
+                kept[key] = values[key]
+            else:
+                kept[key] = value if type(value) in _SCALARS else _decoded(texts[-1])
         is_flat = Packed not in map(type, kept.values())
         names = [*kept]
         return _JsonSnapshot(_joined(texts), texts, names, kept, is_flat=is_flat, is_own=True)

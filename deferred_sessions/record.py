@@ -311,6 +311,7 @@ def encode_saved_again(  # noqa: PLR0917 - positional, because most saves do it
         or known_since != entered_at
         or not changed_at
         or used_at <= used_after
+        or start > len(data)
         or not now + policy.interval < stored_expires_at < expires_at
         or data[start:] == payload
         or (due_at > now and policy.has_reached_count(updates + 1, requests))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import select
+import selectors
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -70,6 +70,11 @@ class Listener:
             stop.wait(seconds)
             return set()
 
+    @property
+    def is_open(self) -> bool:
+        """There is a connection."""
+        return self._connection is not None
+
     def socket(self) -> int | None:
         """Return what can be polled for words; connect if it is time to; None if that failed."""
         connection = self._connection or self._open()
@@ -122,17 +127,20 @@ class Listeners:
         """Wait until any of them tells something, or for `seconds`; return what it was told."""
         # psycopg would wake up ten times a second to look for signals, and whoever wakes up makes
         # all the requests of the process that are under way wait.
-        poll, places = select.poll(), dict[int, Listener]()
-        for listener in map(self._at, self._live()):
-            if (place := listener.socket()) is not None:
-                places[place] = listener
-                poll.register(place, select.POLLIN)
-        if not places:
-            stop.wait(seconds)
-            return set()
         words: set[str] = set()
-        for place, _ in poll.poll(seconds * 1000):
-            words |= places[place].wait(AT_ONCE, stop)
+        with selectors.DefaultSelector() as selector:
+            for listener in map(self._at, self._live()):
+                if not listener.is_open and listener.socket() is not None:
+                    words |= listener.wait(AT_ONCE, stop)  # said while it was opened
+                if (place := listener.socket()) is not None:
+                    selector.register(place, selectors.EVENT_READ, listener)
+            if words:
+                return words
+            if not selector.get_map():
+                stop.wait(seconds)
+            else:
+                for key, _ in selector.select(seconds):
+                    words |= key.data.wait(AT_ONCE, stop)
         return words
 
     def _at(self, alias: str) -> Listener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from deferred_sessions.exceptions import StoreUnavailableError
 from deferred_sessions.memory.locks import ProcessLock
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime
+from deferred_sessions.servers import listener as listener_module
 from deferred_sessions.servers.listener import Listener, Listeners
 from tests.integration.conftest import Outage, created, dirty, row, second_connection
 
@@ -137,6 +139,23 @@ def test_without_listen_the_next_round_does_it(
     runtime.agent.stop()
 
 
+def test_it_hears_what_was_said_while_it_began_to_listen(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psycopg has it already: nothing more comes from the server."""
+    real = listener_module.channel_of
+
+    def channel_of(node: str) -> str:
+        with second_connection() as other:
+            other.execute("SELECT pg_notify('deferred_sessions', 'g')")
+        return real(node)
+
+    monkeypatch.setattr(listener_module, "channel_of", channel_of)
+    listener = Listener("default", node=lambda: "n", retry_after=1.0)
+    with Listeners(lambda _: listener, lambda: ["default"]) as listeners:
+        assert listeners.wait(5.0, threading.Event()) == {"g"}
+
+
 def test_it_goes_on_if_it_cannot_listen(
     runtime: Runtime, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +211,21 @@ def test_the_first_request_starts_it(
 ) -> None:
     assert runtime.agent._thread is None
     request_started.send(sender=sender)
+    assert runtime.agent._thread is not None
+    assert runtime.agent._thread.is_alive()
+    runtime.agent.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_one_that_died_is_started_again(
+    runtime: Runtime, in_production: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ended it: even what is told to the log may raise."""
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.agent, "_stand", sys.exit)
+        request_started.send(sender=WSGIHandler)
+        wait_for(lambda: not runtime.agent.is_started)
+    request_started.send(sender=WSGIHandler)
     assert runtime.agent._thread is not None
     assert runtime.agent._thread.is_alive()
     runtime.agent.stop()

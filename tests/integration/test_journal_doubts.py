@@ -369,6 +369,18 @@ def test_a_recovered_session_whose_row_is_locked_is_served(
         assert SessionStore(session.session_key).load() == {"n": 1}
 
 
+def test_a_strict_save_of_a_session_that_is_dirty_already(
+    journaled: Callable[..., Runtime],
+) -> None:
+    journaled(SYNC_INTERVAL=0)
+    session = created(n=0)
+    for n in range(1, 4):
+        change(session, n=n)
+        log = get_runtime().store.journal
+        assert log is not None
+        assert not log.unsynced()
+
+
 def test_a_logout_that_postgresql_has_needs_no_disk(
     journaled: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,23 @@ values = st.recursive(
 keys = st.sampled_from(["a", "b", "c", "_auth_user_id", "d é", ""])
 
 
+@pytest.mark.parametrize("value", [1, 1.5, "x", None, [1.5], {"a": 1.5}])
+@pytest.mark.parametrize("name", ["n", "new"])
+def test_what_was_just_saved_is_no_change(name: str, value: object) -> None:
+    """Else a request that saves twice would overwrite others, where the last write wins."""
+    known = JsonCodec().decode(b'{"n":0}')
+    session = known.copy()
+    session["n"] = 7
+    known, _ = known.changed_to(session)
+    session = known.copy()
+    session[name] = value
+    saved, changed = known.changed_to(session)
+    assert list(changed) == [name]
+    again, changed = saved.changed_to(session)
+    assert again is saved
+    assert not list(changed)
+
+
 def dumps(session: dict[str, Any]) -> bytes:
     return bytes(JSONSerializer().dumps(session))
 

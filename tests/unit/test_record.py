@@ -197,6 +197,7 @@ def test_most_saves_take_the_shortcut() -> None:
         {"stored_expires_at": NOW + 60},
         {"stored_expires_at": NOW + 901},
         {"payload": b"new"},
+        {"payload": b"new", "user_id": "42"},
         {"updates": 49},
         {"requests": 3},
     ],
@@ -207,11 +208,13 @@ def test_a_save_that_takes_more_thought(differs: dict[str, Any]) -> None:
 
 def test_a_save_of_another_state_takes_more_thought() -> None:
     rest = (b"new", "", NOW + 901, NOW - 600, NOW, COUNTED)
+    again = (_BUSY.entered_at, *rest)
     data = encode(_BUSY)
     assert encode_saved_again(data, 7, _BUSY.entered_at, *rest) is not None
     assert encode_saved_again(data, 8, _BUSY.entered_at, *rest) is None
     assert encode_saved_again(data, 7, _BUSY.entered_at + 1, *rest) is None
     assert encode_saved_again(encode(_CLEAN), 1, _CLEAN.entered_at, *rest) is None
+    assert encode_saved_again(encode(_BUSY._replace(user_id="4" * 9))[:105], 7, *again) is None
     assert encode_saved_again(data[:50], 7, _BUSY.entered_at, *rest) is None
     assert encode_saved_again(b"", 7, _BUSY.entered_at, *rest) is None
 
