@@ -48,6 +48,7 @@ class Saving(NamedTuple):
     expires_at: float
     is_urgent: bool
     base: Entry[Snapshot] | None
+    """The session as it was loaded; if only the disk is waited for, as it was saved."""
     record: SessionRecord | None = None
     """What memory holds now: the session as it was saved, or what to merge with."""
 

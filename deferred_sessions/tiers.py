@@ -169,16 +169,19 @@ class Tiers:
         used_after = now - lifecycle.USE_GRAIN
         change: Change | None
         try:
-            if is_urgent or base is None or snapshot is base[2] or self._store.is_strict:
+            if is_urgent or base is None or snapshot is base[2]:
                 change = self._store.update(key, transition)
             else:
                 again = version, entered_at, payload, user_id, expires_at, used_after, now, policy
                 change = self._store.save(key, again, transition)
         except StoreFullError:
             return Saving(Rest.BYPASS, key, snapshot, user_id, expires_at, is_urgent, base)
-        if change is None:
+        if change is None and not self._store.is_strict:
             return self._remembered(key, version + 1, entered_at, snapshot)
         left = Saving(Rest.ASK, key, snapshot, user_id, expires_at, is_urgent, base)
+        if change is None:
+            saved = self._remembered(key, version + 1, entered_at, snapshot)
+            return left._replace(rest=Rest.SYNC, base=saved)
         return self._left(left, *change, now)
 
     def _left(
@@ -206,7 +209,7 @@ class Tiers:
         ):
             return saving._replace(rest=Rest.WRITE, record=after, is_urgent=is_urgent)
         if self._store.is_strict:
-            return saving._replace(rest=Rest.SYNC, record=after, is_urgent=is_urgent)
+            return saving._replace(rest=Rest.SYNC, base=entry)
         return entry
 
     def _remembered(
@@ -283,6 +286,9 @@ class Tiers:
             )
         if isinstance(result, Entry) or result.rest is Rest.MERGE:
             return result
+        if result.rest is Rest.SYNC and result.base is not None:
+            self._store.make_durable(now)
+            return result.base
         if result.record is None:
             return self._bypass.save(result, now)
         if result.rest is Rest.WRITE:
