@@ -38,6 +38,7 @@ _values: Final = dict.values
 _items: Final = dict.items
 _value: Final = dict.__getitem__
 FEW: Final = 8  # changed keys that are looked for one by one
+MANY: Final = 50  # keys from which on it pays to exchange one item in the payload
 _encode_value: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -224,15 +225,20 @@ class _JsonSnapshot:
         """Return the snapshot of `session`, which has the same keys as `values`."""
         names, texts, kept, is_flat = self._names, [*self._texts], {**values}, self._is_flat
         places = {key: place for place, key in enumerate(names)} if len(changed) > FEW else {}
+        payload = None
         for key in changed:
             value = session[key]
             text = _fragment(key, value)
-            texts[places[key] if places else names.index(key)] = text
+            place = places[key] if places else names.index(key)
+            if len(changed) == 1 and len(names) > MANY:
+                payload = _spliced(self.payload, texts, place, text)
+            texts[place] = text
             if type(value) not in _SCALARS:
                 value = _decoded(text)
                 is_flat = is_flat and type(value) is not Packed
             kept[key] = value
-        return _JsonSnapshot(_joined(texts), texts, names, kept, is_flat=is_flat, is_own=True)
+        payload = payload or _joined(texts)
+        return _JsonSnapshot(payload, texts, names, kept, is_flat=is_flat, is_own=True)
 
     def _rewritten(
         self, session: Session, values: Session, changed: frozenset[str]
@@ -291,6 +297,13 @@ def _encoded(session: Session) -> bytes:
 def _joined(texts: list[str]) -> bytes:
     """Return the object that has these items."""
     return f"{{{','.join(texts)}}}".encode("latin-1")
+
+
+def _spliced(payload: bytes, texts: list[str], place: int, text: str) -> bytes:
+    """Return `payload`, which has these items, with another one in one place."""
+    start = len("{") + sum(map(len, texts[:place])) + place  # and as many commas
+    rest = payload[start + len(texts[place]) :]
+    return b"".join((payload[:start], text.encode("latin-1"), rest))
 
 
 def _decoded(text: str) -> Any:

@@ -54,6 +54,21 @@ def test_what_was_just_saved_is_no_change(name: str, value: object) -> None:
     assert not list(changed)
 
 
+@pytest.mark.parametrize("count", [1, 7, 51, 200])
+def test_each_key_of_a_session_changes(count: int) -> None:
+    """One after the other; also to values with quotes, commas and letters beyond ASCII."""
+    session = {f"k{number}": "x" * number for number in range(count)}
+    known: Snapshot = JsonCodec().encode(session)
+    for number in range(count):
+        for value in ('","', "é€", number, {"k1": [number]}, ""):
+            session = known.copy()
+            session[f"k{number}"] = value
+            known, changed = known.changed_to(session)
+            assert list(changed) == [f"k{number}"]
+            assert known.payload == dumps(session)
+            assert known.copy() == session
+
+
 def dumps(session: dict[str, Any]) -> bytes:
     return bytes(JSONSerializer().dumps(session))
 
