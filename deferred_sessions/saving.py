@@ -9,9 +9,10 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
+from deferred_sessions.exceptions import SessionDeletedError
 from deferred_sessions.memory.cache import Entry
 from deferred_sessions.payload import Snapshot
-from deferred_sessions.record import SessionRecord
+from deferred_sessions.record import SHUT, SessionRecord
 
 DELETED: Final = "The session was deleted before it was saved."
 
@@ -63,3 +64,14 @@ def has_moved_on(record: SessionRecord, base: Entry[Snapshot] | None) -> bool:
         and (record.version != base[0] or record.entered_at != base[1])
         and record.payload != base[2].payload
     )
+
+
+def obstacle_to(
+    record: SessionRecord, base: Entry[Snapshot] | None
+) -> tuple[Rest, SessionRecord | None] | None:
+    """Return what is left to do if `record` is why nothing was saved; raise if it was deleted."""
+    if record.is_tombstone:
+        raise SessionDeletedError(DELETED)
+    if record.flags & SHUT:
+        return Rest.ASK, None
+    return (Rest.MERGE, record) if has_moved_on(record, base) else None

@@ -31,8 +31,8 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Change
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import CLOSED, DIRTY, RECOVERED, SHUT, TOMBSTONE, SessionRecord
-from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on
+from deferred_sessions.record import CLOSED, DIRTY, RECOVERED, TOMBSTONE, SessionRecord
+from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on, obstacle_to
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.write_through import WriteThrough
 
@@ -182,19 +182,14 @@ class Tiers:
         if change is None:
             saved = self._remembered(key, version + 1, entered_at, snapshot)
             return left._replace(rest=Rest.SYNC, base=saved)
-        return self._left(left, *change, now)
+        return self._left(left, change, now)
 
-    def _left(
-        self,
-        saving: Saving,
-        before: SessionRecord | None,
-        after: SessionRecord | None,
-        now: float,
-    ) -> Entry[Snapshot] | Saving:
-        """Return the session if its record became `after`, and that was all; else what is left."""
+    def _left(self, saving: Saving, change: Change, now: float) -> Entry[Snapshot] | Saving:
+        """Return the session if this `change` of its record was all; else what is left to do."""
+        before, after = change
         if before is None or after is None:
             return saving
-        if after is before and (obstacle := _obstacle(after, saving.base)):
+        if after is before and (obstacle := obstacle_to(after, saving.base)):
             return saving._replace(rest=obstacle[0], record=obstacle[1])
         is_urgent, policy = saving.is_urgent, self._policy
         if after.version == before.version:
@@ -403,14 +398,3 @@ class Tiers:
     def _note_use(self, key: str, now: float) -> None:
         with suppress(StoreFullError):  # it only orders eviction
             self._store.update(key, lambda known: known and lifecycle.used(known, now=now))
-
-
-def _obstacle(
-    record: SessionRecord, base: Entry[Snapshot] | None
-) -> tuple[Rest, SessionRecord | None] | None:
-    """Return what is left to do if `record` is why nothing was saved; raise if it was deleted."""
-    if record.is_tombstone:
-        raise SessionDeletedError(DELETED)
-    if record.flags & SHUT:
-        return Rest.ASK, None
-    return (Rest.MERGE, record) if has_moved_on(record, base) else None
