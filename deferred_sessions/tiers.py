@@ -286,8 +286,7 @@ class Tiers:
             return result.base
         if result.record is None:
             return self._bypass.save(result, now)
-        if result.rest is Rest.WRITE:
-            self._write_through.write(result.record, now)
+        self._write_through.write(result.record, now)
         self._store.make_durable(now)
         return Entry(result.record.version, result.record.entered_at, result.snapshot)
 
