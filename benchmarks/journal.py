@@ -9,15 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from django.test import override_settings
 
-from benchmarks.cycles import change_and_save, per_cycle
 from benchmarks.measure import (
     Figures,
     Goal,
@@ -37,7 +35,7 @@ from deferred_sessions.policy import Policy
 from deferred_sessions.record import encode
 from deferred_sessions.runtime import get_runtime
 
-CYCLES, SESSIONS, PROCESSES = 1_000, 100, 8
+CYCLES, SESSIONS, PROCESSES = 2_000, 100, 8
 SLOW = 0.002  # seconds that a sync takes longer on the disk that is simulated
 WAITED = 0.0001  # seconds that are slept where nothing is waited for: less than a sync takes
 SAVER = """
@@ -59,6 +57,20 @@ for _ in range(count):
     if pause:
         time.sleep(pause)
 print(time.perf_counter() - started, flush=True)
+"""
+CYCLER = """
+import sys
+from functools import partial
+import django; django.setup()
+from benchmarks.cycles import change_and_save, per_cycle
+from benchmarks.sessions import stored
+from deferred_sessions.backend import SessionStore
+from deferred_sessions.runtime import get_runtime
+keys = [stored(SessionStore, 300) for _ in range(int(sys.argv[1]))]
+get_runtime().agent.start()
+print("ready", flush=True)
+for _ in sys.stdin:
+    print(per_cycle(partial(change_and_save, SessionStore, keys), int(sys.argv[2])), flush=True)
 """
 COMMITTER = """
 import sys, time
@@ -92,26 +104,58 @@ def host(place: Path, **settings: Any) -> Iterator[None]:
 
 
 def of_saves(scale: Scale) -> Iterator[Table | Goal]:
-    """Yield what a save costs with a journal that is synced ten times a second."""
+    """Yield what a save costs with a journal that is synced ten times a second.
+
+    Two processes with an agent each take turns; a few times, because no two are laid out alike.
+    """
     scale.progress("saves with and without a journal")
-    figures: dict[str, list[float]] = {"without": [], "with a journal": []}
-    with tempfile.TemporaryDirectory() as place:
-        for _ in range(scale.of(19, 1)):
-            for name, values in figures.items():
-                directory = Path(place, name.replace(" ", "-"))
-                own = {} if name == "without" else {"JOURNAL_DIRECTORY": str(directory)}
-                with host(directory, **own):
-                    keys = [stored(SessionStore, 300) for _ in range(SESSIONS)]
-                    agent = get_runtime().agent
-                    agent.start()
-                    work = partial(change_and_save, SessionStore, keys)
-                    per_cycle(work, CYCLES // 4)
-                    values.append(per_cycle(work, CYCLES))
-                    agent.stop()
+    figures: dict[str, list[float]] = {}
+    for _ in range(scale.of(3, 1)):
+        with ExitStack() as stack:
+            place = stack.enter_context(tempfile.TemporaryDirectory())
+            own = {"without": {}, "with a journal": {"JOURNAL_DIRECTORY": f"{place}/journal"}}
+            pair = {name: stack.enter_context(cycler(**settings)) for name, settings in own.items()}
+            take_turns(pair, 5)  # until the agents have settled
+            for name, times in take_turns(pair, scale.of(31, 5)).items():
+                figures.setdefault(name, []).extend(times)
     rows = [(name, f"{value * 1e6:.1f}") for name, value in medians(figures).items()]
     yield Table("load + change + save, 300 bytes, synced every 0.1 s", ("journal", "µs"), rows)
     value, spread = ratio(figures, "with a journal", "without")
     yield Goal("save with a journal, to one without", value, 1.3, spread=spread)
+
+
+@contextmanager
+def cycler(**settings: Any) -> Iterator[Callable[[], float]]:
+    """Be a process of a host of its own that has an agent; returns its seconds per cycle."""
+    directory = f"{os.environ['SESSION_DIRECTORY']}-cycler-{len(settings)}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", CYCLER, str(SESSIONS), str(CYCLES)],
+        env={
+            **os.environ,
+            "SESSION_DIRECTORY": directory,
+            "DEFERRED_SESSIONS": json.dumps(settings),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        told, asked = process.stdout, process.stdin
+        told.readline()
+
+        def turn() -> float:
+            asked.write("go\n")
+            asked.flush()
+            return float(told.readline())
+
+        try:
+            yield turn
+        finally:
+            process.kill()
+    shutil.rmtree(directory)
 
 
 def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:

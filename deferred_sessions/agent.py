@@ -217,11 +217,11 @@ class Agent:
         self._start_hearts(hearts)
         for work in (
             *(() if fleet.only else (self._move_on, self._resync_on)),
+            *(() if self._flusher.journal.interval is None else (self._sync_on,)),
             self._wait_for_beat,
         ):
             threading.Thread(target=work, name="deferred_sessions_agent_beat", daemon=True).start()
         fleet.leave_pools()
-        pause = min(ROUND, self._flusher.journal.interval or ROUND)
         with Listeners(self._servers.listen, self._live) as listener:
             next_round = 0.0
             try:
@@ -230,9 +230,7 @@ class Agent:
                     if not next_round - ROUND <= now < next_round:
                         next_round = now + ROUND
                         self._do(partial(self._go_round, hearts), now, name="round")
-                    else:
-                        self._do(self._flusher.journal.sync_once, now)
-                    self._do(partial(self._listen, listener, pause), now, name="listen")
+                    self._do(partial(self._listen, listener), now, name="listen")
             finally:
                 connections.close_all()
                 slow.join()
@@ -243,12 +241,12 @@ class Agent:
         self._start_hearts(hearts)
         self._round(now, (self.release_once, self.read_revocations_once))
 
-    def _listen(self, listener: Listeners, pause: float, now: float) -> None:  # noqa: ARG002
+    def _listen(self, listener: Listeners, now: float) -> None:  # noqa: ARG002
         """Wait for a word, and do what it asks for."""
         try:
-            words = listener.wait(SOON if self._is_asked else pause, self._stop)
+            words = listener.wait(SOON if self._is_asked else ROUND, self._stop)
         except Exception:
-            self._stop.wait(pause)
+            self._stop.wait(ROUND)
             raise
         self._hear(words, time.time())
 
@@ -296,6 +294,11 @@ class Agent:
     def _move_on(self) -> None:
         """Follow the session servers as they come and go."""
         self._repeat(self.move_once, self._heartbeat / HURRY)
+
+    def _sync_on(self) -> None:
+        """Have on disk what was saved, again and again; nothing else may keep it waiting."""
+        journal = self._flusher.journal
+        self._repeat(journal.sync_once, journal.interval or ROUND)
 
     def _resync_on(self) -> None:
         """Fill the session servers that were away; page after page, as long as there are any."""

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Final
 
 from deferred_sessions.exceptions import JournalError, StoreFullError
-from deferred_sessions.memory import log_file, logs
+from deferred_sessions.memory import logs
 from deferred_sessions.memory.directory import make_private
 from deferred_sessions.memory.locks import Relay
-from deferred_sessions.memory.log_file import HEADER_SIZE, Header
+from deferred_sessions.memory.log_file import HEADER_SIZE, Header, encode
 from deferred_sessions.memory.logs import LOGS, Descriptor, Logs
 from deferred_sessions.memory.ownership import Ownership
 
@@ -44,6 +44,7 @@ FULL: Final = (
 # the seeds of both logs.
 _GENERATION, _POSITION, _SYNCED, _SYNCED_AT, _SWAPPED_AT = 0, 1, 3, 5, 6
 _TURN, _DONE, _TOOK, _GROUP, _SEED = 7, 8, 9, 10, 11
+_BLOCK: Final = 12  # bits of a place in a block of the disk, or of a page of memory
 _OFFSET: Final = 40  # bits of a place in a log; those of its generation are above
 
 
@@ -58,6 +59,8 @@ class Journal:
         self.sync_interval = sync_interval
         """Seconds that may be lost; 0: a save returns when it is on disk."""
         self._size = size
+        self._limit = GROWTH * size
+        self._patience = (2 * sync_interval + 1.0) * 1e6  # microseconds
         self._state = store / STATE_FILE
         self._words: memoryview | None = None
         self._logs: Logs | None = None
@@ -107,20 +110,26 @@ class Journal:
                 opened = self._open(generation)
             except JournalError as error:
                 raise StoreFullError(str(error)) from error
-        active = generation & 1
-        position = words[_POSITION + active]
-        frame = log_file.encode(name, data, position, opened[1])
-        # A deletion is small, and must not fail; it does no harm if what says nothing does.
-        reserve = 0 if len(data) > SMALL else RESERVE if data else RESERVE // 2
-        if position + len(frame) > GROWTH * self._size + reserve:
-            raise StoreFullError(FULL)
+        place = _POSITION + (generation & 1)
+        position = words[place]
+        frame = encode(name, data, position, opened[1])
+        end = position + len(frame)
+        if end > self._limit:
+            # A deletion is small, and must not fail; it does no harm if what says nothing does.
+            reserve = 0 if len(data) > SMALL else RESERVE if data else RESERVE // 2
+            if end > self._limit + reserve:
+                raise StoreFullError(FULL)
+        if position - 1 >> _BLOCK != end - 1 >> _BLOCK:
+            # A block that is begun is written to its end: else the kernel, if it has let go of
+            # the page, reads it first, and all savers of the host wait for the disk.
+            frame += bytes(-end & (1 << _BLOCK) - 1)
         try:
             written = os.pwrite(opened[3], frame, position)
         except OSError as error:
             raise StoreFullError(f"The journal cannot be written: {error.strerror}.") from error
         if written < len(frame):
             raise StoreFullError("The disk of the journal is full.")
-        words[_POSITION + active] = position + len(frame)
+        words[place] = end
 
     def swap(self, header: Header, now: float) -> None:
         """Retire the active log and go on in the other, which `prepare` has made ready.
@@ -211,7 +220,7 @@ class Journal:
         So it seems, too, if the clock was set back.
         """
         words = self._words or self._map()
-        return abs(now - words[_SYNCED_AT] / 1e6) > 2 * self.sync_interval + 1.0
+        return abs(now * 1e6 - words[_SYNCED_AT]) > self._patience
 
     def size(self) -> int:
         """Return the bytes in the active log."""

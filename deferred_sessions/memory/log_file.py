@@ -34,6 +34,7 @@ _HEAD: Final = struct.Struct("<IIIQB")
 _TAIL: Final = struct.Struct("<II")
 _CHECKSUM: Final = struct.Struct("<I")
 OVERHEAD: Final = _HEAD.size + _TAIL.size
+_pack_head, _pack_tail = _HEAD.pack, _TAIL.pack  # each save pays for what is looked up
 
 
 class Header(NamedTuple):
@@ -88,9 +89,8 @@ def digest(identity: str) -> bytes:
 def encode(name: bytes, data: bytes, offset: int, seed: int) -> bytes:
     """Return the frame of a record that begins at `offset`."""
     length = len(name) + len(data)
-    head = _HEAD.pack(START, OVERHEAD + length, length, offset, len(name))
-    body = b"".join((head, name, data))
-    return body + _TAIL.pack(crc32(body, seed), END)
+    body = _pack_head(START, OVERHEAD + length, length, offset, len(name)) + name + data
+    return body + _pack_tail(crc32(body, seed), END)
 
 
 def is_frame(data: bytes) -> bool:

@@ -133,8 +133,10 @@ class HostStore(Transactions):
         change = self._write(tables.update, key, transition, self._may_grow)
         if change[1] is not None:
             self._written += PAGE + len(change[1].payload)
-            if self._written > self._look_after or self.journal is not None:
-                self._look_after_save()
+            if self.journal is not None and self.journal.is_behind(time.time()):
+                self._sync(self.journal)
+            if self._written > self._look_after:
+                self._look()
         return change
 
     def save(self, key: str, again: Again, transition: Transition) -> Change | None:
@@ -148,8 +150,10 @@ class HostStore(Transactions):
         change = self._write(tables.save, key, again, transition, self._may_grow)
         if change is None or change[1] is not None:
             self._written += PAGE + len(again[2])
-            if self._written > self._look_after or self.journal is not None:
-                self._look_after_save()
+            if self.journal is not None and self.journal.is_behind(time.time()):
+                self._sync(self.journal)
+            if self._written > self._look_after:
+                self._look()
         return change
 
     def bury(self, key: str, transition: Transition) -> Change:
@@ -163,8 +167,8 @@ class HostStore(Transactions):
     def give_up(self, key: str, transition: Transition) -> Change:
         """Do `update` for a session that was saved past memory; loads under way keep nothing."""
         change = self._write(tables.give_up, key, transition)
-        if self.journal is not None:  # if it is full, no other save syncs what it has
-            self._sync_if_behind(self.journal, time.time())
+        if self.journal is not None and self.journal.is_behind(time.time()):
+            self._sync(self.journal)  # if it is full, no other save syncs what it has
         return change
 
     def removals(self, key: str) -> bytes:
@@ -348,17 +352,9 @@ class HostStore(Transactions):
         """
         self._write(tables.set_note, name, value, voids_loads)
 
-    def _look_after_save(self) -> None:
-        """Look after the journal, and after the level of the map, if it is time to."""
-        if self.journal is not None:
-            self._sync_if_behind(self.journal, time.time())
-        if self._written > self._look_after:
-            self._look()
-
-    def _sync_if_behind(self, journal: Journal, now: float) -> None:
-        """Sync if nobody else does; what was saved is in memory, whatever the disk says."""
-        if not journal.is_behind(now):
-            return
+    def _sync(self, journal: Journal) -> None:
+        """Sync, as nobody else does; what was saved is in memory, whatever the disk says."""
+        now = time.time()
         try:
             journal.sync(now)
         except StoreError:

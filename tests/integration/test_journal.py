@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from io import StringIO
@@ -14,13 +15,16 @@ from typing import Any
 import pytest
 from django.core.management import CommandError, call_command
 
+from deferred_sessions import agent
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.management.commands import sessionstats
 from deferred_sessions.memory.journal import Journal
 from deferred_sessions.memory.log_file import HEADER_SIZE, Header
 from deferred_sessions.models import Session
 from deferred_sessions.runtime import Runtime, get_runtime, reset_runtime
+from deferred_sessions.servers.listener import Listeners
 from tests.integration.conftest import Outage, change, created, record, row
+from tests.processes.conftest import wait_until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 Call = Callable[..., Any]
@@ -254,6 +258,29 @@ def test_the_agent_syncs(journaled: Callable[..., Runtime]) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     runtime.agent.stop()
+
+
+def test_the_agent_syncs_while_postgresql_hangs(
+    journaled: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D01: what else the agent does, and waits for, takes nothing of the promise."""
+    runtime, hangs = journaled(SYNC_INTERVAL=0.01), threading.Event()
+
+    def hang(*_: object) -> set[str]:
+        hangs.wait(60)
+        return set()
+
+    monkeypatch.setattr(agent, "ROUND", 60.0)
+    monkeypatch.setattr(Listeners, "wait", hang)
+    session = created(n=0)
+    runtime.agent.start()
+    try:
+        for number in range(1, 4):
+            change(session, n=number)
+            wait_until(lambda: not journal().unsynced(), what="a sync", seconds=30)
+    finally:
+        hangs.set()
+        runtime.agent.stop()
 
 
 def test_trouble_with_the_journal_does_not_stop_the_flusher(

@@ -427,6 +427,22 @@ def test_a_full_journal_refuses_and_still_takes_deletions(host: Host) -> None:
     assert host.records()[key(1)].is_tombstone
 
 
+def test_a_block_that_is_begun_is_written_to_its_end(host: Host) -> None:
+    """Else the kernel reads it from the disk first, and all savers of the host wait for that."""
+    put(host.store, key(1))
+    log = host.journal.directory / LOGS[host.journal.generation() & 1]
+    for length in (3000, 4000, 9000, 10, 4096):
+        before = host.journal.size()
+        with log.open("r+b") as file:
+            file.truncate(before)
+        save(host.store, key(1), b"x" * length, at=NOW)
+        end = host.journal.size()
+        begins = (before - 1) // 4096 != (end - 1) // 4096
+        assert log.stat().st_size == (-(-end // 4096) * 4096 if begins else end)
+    host.lose_power()
+    assert host.records()[key(1)].payload == b"x" * 4096
+
+
 def test_a_sync_tells_what_a_power_loss_would_take(host: Host) -> None:
     assert host.journal.unsynced() == 0
     put(host.store, key(1))
