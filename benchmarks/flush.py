@@ -45,7 +45,7 @@ while True:
 def measure(scale: Scale) -> Iterator[Table | Goal]:
     """Yield a table of rates, and one of what many updates do to the table."""
     rows = []
-    for number in (FEW, scale.of(MANY, MANY // 4)):
+    for number, rounds in ((FEW, 5), (scale.of(MANY, MANY // 4), 11)):
         scale.progress(f"flushing {number:,} sessions")
         bench = Bench(number)
         figures = take_turns(
@@ -55,7 +55,7 @@ def measure(scale: Scale) -> Iterator[Table | Goal]:
                 "with a neighbour": bench.beside_another,
                 "flush": bench.flush,
             },
-            scale.of(11, 1),
+            scale.of(rounds, 1),
         )
         rates = (f"{number / value:,.0f}" for value in medians(figures).values())
         rows.append((f"{number:,} dirty", *rates))

@@ -42,7 +42,9 @@ SAVER = """
 import os, sys, time
 import django; django.setup()
 from deferred_sessions.backend import SessionStore
-key, count, delay, pause = sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:])
+from deferred_sessions.runtime import get_runtime
+key, count, delay, pause = sys.argv[1], int(sys.argv[2]), *map(float, sys.argv[3:5])
+share = int(sys.argv[5])
 real = os.fdatasync
 if delay:
     os.fdatasync = lambda descriptor: (time.sleep(delay), real(descriptor))
@@ -50,12 +52,14 @@ SessionStore(key)["count"]
 print("ready", flush=True)
 sys.stdin.readline()
 started = time.perf_counter()
-for _ in range(count):
+for number in range(count):
     session = SessionStore(key)
     session["count"] = session["count"] + 1
     session.save()
-    if pause:
+    if pause and number % share:
         time.sleep(pause)
+    elif pause:
+        get_runtime().store.journal.sync(time.time())
 print(time.perf_counter() - started, flush=True)
 """
 CYCLER = """
@@ -116,7 +120,7 @@ def of_saves(scale: Scale) -> Iterator[Table | Goal]:
             own = {"without": {}, "with a journal": {"JOURNAL_DIRECTORY": f"{place}/journal"}}
             pair = {name: stack.enter_context(cycler(**settings)) for name, settings in own.items()}
             take_turns(pair, 5)  # until the agents have settled
-            for name, times in take_turns(pair, scale.of(31, 5)).items():
+            for name, times in take_turns(pair, scale.of(21, 5)).items():
                 figures.setdefault(name, []).extend(times)
     rows = [(name, f"{value * 1e6:.1f}") for name, value in medians(figures).items()]
     yield Table("load + change + save, 300 bytes, synced every 0.1 s", ("journal", "µs"), rows)
@@ -183,7 +187,7 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
     rows = [(name, f"{rate:,.0f}") for name, rate in rates.items()]
     title = (
         "updates that are on disk when they return (simulated disk: each sync 2 ms longer; to "
-        "sleep: 0.1 ms, and nobody syncs)"
+        f"sleep: 0.1 ms, and each {PROCESSES}th save syncs)"
     )
     yield Table(title, ("saved by", "per second"), rows)
     what = f"saves/s of {many} that wait for the disk, to one process"
@@ -210,7 +214,8 @@ def savers(
     """Return the seconds per save of processes that save at the same time.
 
     Syncs take longer by `delay`; who does not wait for them may sleep for a `pause` instead:
-    no process can wait for less than another one takes over, which is what that costs.
+    no process can wait for less than another one takes over, which is what that costs, nor can
+    a sync be for more saves than there are processes.
     """
     own = get_runtime().settings
     settings = {"JOURNAL_DIRECTORY": str(own.journal_directory), "SYNC_INTERVAL": interval}
@@ -218,7 +223,8 @@ def savers(
         "SESSION_DIRECTORY": str(own.directory),
         "DEFERRED_SESSIONS": json.dumps(settings),
     }
-    return together(processes, count, SAVER, [str(delay), str(pause)], environment)
+    arguments = [str(delay), str(pause), str(processes)]
+    return together(processes, count, SAVER, arguments, environment)
 
 
 def commits(processes: int, count: int) -> float:
