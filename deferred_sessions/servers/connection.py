@@ -15,6 +15,7 @@ from typing import Any, Final, LiteralString, TypeVar
 import psycopg
 from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.utils import CursorWrapper
 from psycopg.pq import TransactionStatus
 
 from deferred_sessions.exceptions import DeferredSessionsError, ServerUnavailableError
@@ -26,6 +27,7 @@ from deferred_sessions.servers.errors import translated
 T = TypeVar("T")
 
 LOCK_TIMEOUT: Final = "1s"  # for rows that an application transaction holds
+AT_ONCE: Final = 1000  # rows that are decoded at once
 
 
 class ServerConnection:
@@ -284,7 +286,7 @@ class ServerConnection:
             connection.cursor() as cursor,
         ):
             cursor.execute(statement, parameters)
-            return cursor.fetchall() if cursor.description else [], cursor.rowcount
+            return _rows(cursor) if cursor.description else [], cursor.rowcount
 
     def _ask_once(self, statement: LiteralString, parameters: list[Any]) -> list[tuple[Any, ...]]:
         with self._binary_cursor(connections[self.alias]) as cursor:
@@ -301,3 +303,11 @@ class ServerConnection:
             psycopg.Cursor(connection.connection) as cursor,
         ):
             yield cursor
+
+
+def _rows(cursor: CursorWrapper) -> list[tuple[Any, ...]]:
+    """Return all rows; some at a time, because no other thread runs while they are decoded."""
+    rows: list[tuple[Any, ...]] = cursor.fetchmany(AT_ONCE)
+    while len(rows) < cursor.rowcount:
+        rows += cursor.fetchmany(AT_ONCE)
+    return rows

@@ -99,6 +99,17 @@ def test_a_row_changed_under_unsaved_changes(runtime: Runtime) -> None:
     assert SessionStore(session.session_key).load() == {"a": 2}
 
 
+def test_more_at_once_than_are_decoded_at_once(
+    runtime: Runtime, revoked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million rows deleted by SQL: no request waits while all of them are decoded."""
+    monkeypatch.setattr("deferred_sessions.servers.connection.AT_ONCE", 2)
+    sessions = [created(n=number) for number in range(5)]
+    run("DELETE FROM deferred_sessions_session")
+    assert runtime.revocations.read_once(time.time()) == 5
+    assert sorted(revoked) == sorted(session.session_key for session in sessions)
+
+
 def test_what_we_write_and_delete_is_no_news(runtime: Runtime, revoked: list[str]) -> None:
     """Neither flushes, nor touches, nor logouts of this node."""
     session, gone = created(a=1), created(a=1)
