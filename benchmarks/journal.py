@@ -35,7 +35,7 @@ from deferred_sessions.policy import Policy
 from deferred_sessions.record import encode
 from deferred_sessions.runtime import get_runtime
 
-CYCLES, SESSIONS, PROCESSES = 2_000, 100, 8
+CYCLES, SESSIONS, PROCESSES = 20_000, 100, 8  # cycles: several intervals between syncs
 SLOW = 0.002  # seconds that a sync takes longer on the disk that is simulated
 WAITED = 0.0001  # seconds that are slept where nothing is waited for: less than a sync takes
 SAVER = """
@@ -119,8 +119,8 @@ def of_saves(scale: Scale) -> Iterator[Table | Goal]:
             place = stack.enter_context(tempfile.TemporaryDirectory())
             own = {"without": {}, "with a journal": {"JOURNAL_DIRECTORY": f"{place}/journal"}}
             pair = {name: stack.enter_context(cycler(**settings)) for name, settings in own.items()}
-            take_turns(pair, 5)  # until the agents have settled
-            for name, times in take_turns(pair, scale.of(21, 5)).items():
+            take_turns(pair, 1)  # until the agents have settled
+            for name, times in take_turns(pair, scale.of(5, 1)).items():
                 figures.setdefault(name, []).extend(times)
     rows = [(name, f"{value * 1e6:.1f}") for name, value in medians(figures).items()]
     yield Table("load + change + save, 300 bytes, synced every 0.1 s", ("journal", "µs"), rows)

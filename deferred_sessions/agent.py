@@ -209,18 +209,14 @@ class Agent:
 
     def _serve(self) -> None:
         """Go round the duties until `stop` is called."""
-        slow = threading.Thread(
-            target=self._serve_slowly, name="deferred_sessions_agent_slow", daemon=True
-        )
-        slow.start()
+        helpers = [_begun(self._serve_slowly, "slow"), _begun(self._sync_on, "sync")]
         fleet, hearts = self._servers.fleet, set[str]()
         self._start_hearts(hearts)
         for work in (
             *(() if fleet.only else (self._move_on, self._resync_on)),
-            *(() if self._flusher.journal.interval is None else (self._sync_on,)),
             self._wait_for_beat,
         ):
-            threading.Thread(target=work, name="deferred_sessions_agent_beat", daemon=True).start()
+            _begun(work, "beat")
         fleet.leave_pools()
         with Listeners(self._servers.listen, self._live) as listener:
             next_round = 0.0
@@ -233,7 +229,8 @@ class Agent:
                     self._do(partial(self._listen, listener), now, name="listen")
             finally:
                 connections.close_all()
-                slow.join()
+                for helper in helpers:
+                    helper.join()
 
     def _go_round(self, hearts: set[str], now: float) -> None:
         """Do what is to be done each second."""
@@ -255,9 +252,7 @@ class Agent:
         for server in self._servers.fleet.servers:
             if server.alias not in hearts:
                 hearts.add(server.alias)
-                work = partial(self._beat_on, server.alias)
-                name = "deferred_sessions_agent_beat"
-                threading.Thread(target=work, name=name, daemon=True).start()
+                _begun(partial(self._beat_on, server.alias), "beat")
 
     def _serve_slowly(self) -> None:
         """Do what may take long, in a thread of its own."""
@@ -298,7 +293,8 @@ class Agent:
     def _sync_on(self) -> None:
         """Have on disk what was saved, again and again; nothing else may keep it waiting."""
         journal = self._flusher.journal
-        self._repeat(journal.sync_once, journal.interval or ROUND)
+        if journal.interval is not None:
+            self._repeat(journal.sync_once, journal.interval)
 
     def _resync_on(self) -> None:
         """Fill the session servers that were away; page after page, as long as there are any."""
@@ -368,3 +364,10 @@ class Agent:
         self._logged_at[what] = now
         extra = extra or {"action": "agent_in_trouble", "duty": what}
         logger.warning(message, *arguments, exc_info=exc_info, extra=extra)
+
+
+def _begun(work: Callable[[], object], name: str) -> threading.Thread:
+    """Return a thread of the agent, at work."""
+    thread = threading.Thread(target=work, name=f"deferred_sessions_agent_{name}", daemon=True)
+    thread.start()
+    return thread

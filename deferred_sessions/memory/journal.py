@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -65,6 +67,7 @@ class Journal:
         self._words: memoryview | None = None
         self._logs: Logs | None = None
         self._relay = Relay(store / "journal-sync.lock")
+        self._syncing = threading.Lock()
         self.ownership = Ownership(directory)
         """Whose the logs are."""
 
@@ -127,7 +130,7 @@ class Journal:
             written = os.pwrite(opened[3], frame, position)
         except OSError as error:
             raise StoreFullError(f"The journal cannot be written: {error.strerror}.") from error
-        if written < len(frame):
+        if written < end - position:
             raise StoreFullError("The disk of the journal is full.")
         words[place] = end
 
@@ -291,6 +294,7 @@ class Journal:
     def let_go(self) -> None:
         """Close what is open, and keep the logs; the next use opens it again."""
         self._words = self._logs = None
+        self._syncing = threading.Lock()  # a fork may have inherited one that was held
 
     def close(self) -> None:
         """Close what is open, and leave the logs to others; the next use opens it again."""
@@ -303,6 +307,10 @@ class Journal:
         """Have on disk what the log of this generation was told up to `position`."""
         if position <= _synced(words, generation):
             return
+        with self._syncing:  # of two threads, the kernel would tell one that the disk failed
+            self._sync_alone(words, generation, position)
+
+    def _sync_alone(self, words: memoryview, generation: int, position: int) -> None:
         try:
             opened = self._open(generation)
         except JournalError:
@@ -310,7 +318,7 @@ class Journal:
                 raise
             return  # swapped in this moment, and a swap syncs
         try:
-            logs.sync(opened.active, _synced(words, generation), position)
+            logs.sync(opened.active, partial(self._at_stake, words, generation))
         except OSError as error:
             raise JournalError(
                 f"The journal in {self.directory} cannot be synced: {error.strerror}. What was "
@@ -319,6 +327,11 @@ class Journal:
         # Should two swaps have come in between, it says nothing of the log that is there now.
         if position > _synced(words, generation):
             words[_SYNCED + (generation & 1)] = _stamp(generation, position)
+
+    def _at_stake(self, words: memoryview, generation: int) -> tuple[int, int]:
+        """Return from where to where a log is not on disk; nowhere if it rests by now."""
+        start, stop = _synced(words, generation), words[_POSITION + (generation & 1)]
+        return (start, stop) if words[_GENERATION] == generation else (0, 0)
 
     def _begin(
         self, descriptor: int, header: Header, records: Iterable[tuple[bytes, bytes]] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -114,8 +114,8 @@ def _write(descriptor: int, data: bytes, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def sync(descriptor: int, start: int, stop: int) -> None:
-    """Have on disk what stands between two places of a log.
+def sync(descriptor: int, at_stake: Callable[[], tuple[int, int]]) -> None:
+    """Have on disk what a log was told; `at_stake` says from where to where it may not be.
 
     Raises:
         OSError: The disk failed. The next sync tries again.
@@ -123,8 +123,9 @@ def sync(descriptor: int, start: int, stop: int) -> None:
     try:
         os.fdatasync(descriptor)
     except OSError:
-        # The kernel reports pages that it could not write once, and then takes them for
-        # written: they are written anew, so that the next sync means them.
+        # The kernel reports pages that it could not write once, and then takes them for written,
+        # also those that came meanwhile: they are written anew, so that the next sync means them.
+        start, stop = at_stake()
         os.pwrite(descriptor, os.pread(descriptor, stop - start, start), start)
         raise
 

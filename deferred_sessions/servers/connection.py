@@ -307,7 +307,9 @@ class ServerConnection:
 
 def _rows(cursor: CursorWrapper) -> list[tuple[Any, ...]]:
     """Return all rows; some at a time, because no other thread runs while they are decoded."""
-    rows: list[tuple[Any, ...]] = cursor.fetchmany(AT_ONCE)
-    while len(rows) < cursor.rowcount:
-        rows += cursor.fetchmany(AT_ONCE)
-    return rows
+    rows: list[tuple[Any, ...]] = []
+    while True:
+        part = cursor.fetchmany(AT_ONCE)
+        rows += part
+        if len(part) < AT_ONCE:
+            return rows

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from django.core.management import call_command
 from django.db import connection, transaction
@@ -103,10 +104,21 @@ def test_more_at_once_than_are_decoded_at_once(
     runtime: Runtime, revoked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A million rows deleted by SQL: no request waits while all of them are decoded."""
+    decoded: list[int] = []
+    fetchmany = psycopg.Cursor.fetchmany
+
+    def fetch(cursor: psycopg.Cursor[Any], size: int = 0) -> list[Any]:
+        rows = fetchmany(cursor, size)
+        decoded.append(len(rows))
+        return rows
+
     monkeypatch.setattr("deferred_sessions.servers.connection.AT_ONCE", 2)
     sessions = [created(n=number) for number in range(5)]
     run("DELETE FROM deferred_sessions_session")
+    monkeypatch.setattr(psycopg.Cursor, "fetchmany", fetch)
     assert runtime.revocations.read_once(time.time()) == 5
+    assert max(decoded) == 2
+    assert sum(decoded) >= 5
     assert sorted(revoked) == sorted(session.session_key for session in sessions)
 
 

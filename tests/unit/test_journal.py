@@ -431,8 +431,13 @@ def test_a_block_that_is_begun_is_written_to_its_end(host: Host) -> None:
     """Else the kernel reads it from the disk first, and all savers of the host wait for that."""
     put(host.store, key(1))
     log = host.journal.directory / LOGS[host.journal.generation() & 1]
-    for length in (3000, 4000, 9000, 10, 4096):
+    put(host.store, key(2))
+    size = host.journal.size()
+    save(host.store, key(2), b"x", at=NOW)
+    frame = host.journal.size() - size - 1  # what is added to a payload
+    for wanted in (3000, 4000, 9000, 10, None, 4096, None, None, 20):
         before = host.journal.size()
+        length = -(before + frame) % 4096 if wanted is None else wanted  # to the end of a block
         with log.open("r+b") as file:
             file.truncate(before)
         save(host.store, key(1), b"x" * length, at=NOW)
@@ -440,7 +445,7 @@ def test_a_block_that_is_begun_is_written_to_its_end(host: Host) -> None:
         begins = (before - 1) // 4096 != (end - 1) // 4096
         assert log.stat().st_size == (-(-end // 4096) * 4096 if begins else end)
     host.lose_power()
-    assert host.records()[key(1)].payload == b"x" * 4096
+    assert host.records()[key(1)].payload == b"x" * 20
 
 
 def test_a_sync_tells_what_a_power_loss_would_take(host: Host) -> None:
@@ -528,6 +533,46 @@ def test_a_disk_that_fails_to_sync(host: Host, monkeypatch: pytest.MonkeyPatch) 
     assert host.journal.unsynced() == 0
     host.lose_power()
     assert set(host.records()) == {key(1)}
+
+
+def test_a_disk_that_fails_while_others_save_and_sync(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells one of a process's threads only, and forgets what came meanwhile, too."""
+    put(host.store, key(1))
+    begun, goes_on = threading.Event(), threading.Event()
+    inside, written, real = [], [], os.pwrite
+
+    def fail_once(_: int) -> None:
+        inside.append(threading.current_thread())
+        if len(inside) == 1:
+            begun.set()
+            assert goes_on.wait(30)
+            put(host.store, key(2))
+            raise OSError(5, "Input/output error")
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        written.append((offset, offset + len(data)))
+        return real(descriptor, data, offset)
+
+    def failing() -> None:
+        with pytest.raises(JournalError, match="cannot be synced"):
+            host.journal.sync(NOW)
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    first, second = (threading.Thread(target=w) for w in (failing, lambda: host.journal.sync(NOW)))
+    first.start()
+    assert begun.wait(30)
+    second.start()
+    second.join(0.2)  # it has nothing to wait for, if it does not wait for the first
+    assert inside == [first]
+    assert host.journal.unsynced() > 0
+    goes_on.set()
+    first.join(30)
+    second.join(30)
+    assert inside[1:] == [second]
+    assert written[-1] == (HEADER_SIZE, host.journal.size())
 
 
 def test_a_disk_without_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
