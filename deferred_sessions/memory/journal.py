@@ -61,7 +61,6 @@ class Journal:
         self.sync_interval = sync_interval
         """Seconds that may be lost; 0: a save returns when it is on disk."""
         self._size = size
-        self._limit = GROWTH * size
         self._patience = (2 * sync_interval + 1.0) * 1e6  # microseconds
         self._state = store / STATE_FILE
         self._words: memoryview | None = None
@@ -117,10 +116,10 @@ class Journal:
         position = words[place]
         frame = encode(name, data, position, opened[1])
         end = position + len(frame)
-        if end > self._limit:
+        if end > GROWTH * self._size:
             # A deletion is small, and must not fail; it does no harm if what says nothing does.
             reserve = 0 if len(data) > SMALL else RESERVE if data else RESERVE // 2
-            if end > self._limit + reserve:
+            if end > GROWTH * self._size + reserve:
                 raise StoreFullError(FULL)
         if position - 1 >> _BLOCK != end - 1 >> _BLOCK:
             # A block that is begun is written to its end: else the kernel, if it has let go of
