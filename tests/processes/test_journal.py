@@ -140,9 +140,8 @@ class Writers:
 @pytest.fixture
 def journaled(make_site: Callable[..., Site], tmp_path: Path) -> Callable[..., Site]:
     def make(**settings: Any) -> Site:
-        return make_site(
-            JOURNAL_DIRECTORY=str(tmp_path / "journal"), JOURNAL_SIZE=1 << 20, **settings
-        )
+        own = {"JOURNAL_DIRECTORY": str(tmp_path / "journal"), "JOURNAL_SIZE": 1 << 20}
+        return make_site(**{**own, **settings})
 
     return make
 
@@ -256,7 +255,7 @@ def test_the_agent_is_killed_in_mid_sync(journaled: Callable[..., Site], tmp_pat
 
 def test_a_recovery_that_is_killed(journaled: Callable[..., Site], tmp_path: Path) -> None:
     """kill -9 at each of its steps, one after the other; it ends as if nothing had been."""
-    site = journaled()
+    site = journaled(JOURNAL_SIZE=16 << 20)  # nobody empties it; full, it has nothing to recover
     writers = Writers(site, tmp_path, 4)
     writers.start()
     wait_until(lambda: min(writers.acknowledged()) >= 50, what="saves")
