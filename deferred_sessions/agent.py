@@ -5,8 +5,9 @@ Every process has a candidate; a file lock elects one, and when its process dies
 takes over within a second. Each duty is a plain `..._once(now)`. Invariant: no error of a
 duty ends the agent or keeps it from the next duty.
 
-The heart has a thread of its own, because nothing must keep it from beating; and so has what
-takes long, such as to flush, because other nodes wait for what they have asked for.
+The heart has a thread of its own, because nothing must keep it from beating; so has the sync of
+the journal, because no more than its interval may be lost; and so has what takes long, such as
+to flush, because other nodes wait for what they have asked for.
 """
 
 from __future__ import annotations
