@@ -17,7 +17,10 @@ from deferred_sessions.memory import log_file
 from deferred_sessions.memory.log_file import HEADER_SIZE, Header
 
 LOGS: Final = ("log.0", "log.1")
-ZEROS: Final = bytes(1 << 20)
+BULK: Final = 1 << 20  # bytes of records that are written at once
+ZEROS: Final = bytes(1 << 17)
+"""What space is made of. The kernel keeps together in memory what was written at once, and ext4
+looks at each block of that for each small write into it: with a MiB, a save takes 1 µs more."""
 
 
 class Descriptor:
@@ -101,7 +104,7 @@ def _fill(descriptor: int, seed: int, records: Iterable[tuple[bytes, bytes]]) ->
     for name, data in records:
         frames.append(log_file.encode(name, data, position, seed))
         position += len(frames[-1])
-        if position - start >= len(ZEROS):
+        if position - start >= BULK:
             _write(descriptor, b"".join(frames), start)
             start, frames = position, []
     _write(descriptor, b"".join(frames), start)

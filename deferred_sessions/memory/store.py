@@ -150,7 +150,7 @@ class HostStore(Transactions):
         change = self._write(tables.save, key, again, transition, self._may_grow)
         if change is None or change[1] is not None:
             self._written += PAGE + len(again[2])
-            if self.journal is not None and self.journal.is_behind(time.time()):
+            if self.journal is not None and self.journal.is_behind(again[6]):
                 self._sync(self.journal)
             if self._written > self._look_after:
                 self._look()

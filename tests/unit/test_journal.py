@@ -579,7 +579,7 @@ def test_a_disk_without_room(host: Host, monkeypatch: pytest.MonkeyPatch) -> Non
     real = os.pwrite
 
     def full(descriptor: int, data: bytes, offset: int) -> int:
-        if len(data) > MIB // 2:
+        if offset + len(data) > MIB // 2:
             raise OSError(28, "No space left on device")
         return real(descriptor, data, offset)
 

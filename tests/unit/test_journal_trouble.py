@@ -119,8 +119,8 @@ def test_what_a_log_cannot_have_is_given_back(host: Host, monkeypatch: pytest.Mo
     real = os.pwrite
 
     def full(descriptor: int, data: bytes, offset: int) -> int:
-        if len(data) > MIB // 2:
-            real(descriptor, data[: MIB // 2], offset)
+        if offset + len(data) > MIB // 2:
+            real(descriptor, data[: MIB // 2 - offset], offset)
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(descriptor, data, offset)
 
@@ -239,3 +239,18 @@ def test_a_clock_that_was_set_back_and_no_agent(host: Host) -> None:
     host.journal.sync(NOW + 3600)
     put(host.store, key(1))
     assert host.journal.unsynced() == 0
+
+
+def test_when_nobody_has_synced_for_long(host: Host) -> None:
+    """Twice the interval and a second; what others do counts, at the latest after that."""
+    mine, other = host.journal, second_process(host)
+    mine.sync(NOW)
+    assert not mine.is_behind(NOW + 1.1)
+    assert mine.is_behind(NOW + 1.3)
+    other.sync(NOW + 10)
+    assert not mine.is_behind(NOW + 11.1)
+    assert mine.is_behind(NOW + 11.3)
+    assert not mine.is_behind(NOW + 10)
+    assert mine.is_behind(NOW + 8.7)  # a clock that was set back
+    other.sync(NOW + 8.7)
+    assert not mine.is_behind(NOW + 8.7)
