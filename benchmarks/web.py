@@ -23,6 +23,7 @@ DIRTY = 10_000
 WRITING = "stores nothing, while the bare statement writes"
 POLLER = """
 import sys, time
+from unittest.mock import patch
 import django; django.setup()
 from benchmarks.sessions import stored
 from deferred_sessions.backend import SessionStore
@@ -38,12 +39,13 @@ def bare(keys):
     parts = [dirty[start : start + size] for start in range(0, len(dirty), size)]
     return [runtime.server.update_parameters(columns(part), time.time()) for part in parts]
 
-keys = [stored(SessionStore, 300) for _ in range(int(sys.argv[1]))]
+keys, clock = [stored(SessionStore, 300) for _ in range(int(sys.argv[1]))], time.time
 for turn, _ in enumerate(sys.stdin, 1):
-    for key in keys:
-        session = SessionStore(key)
-        session["count"] = turn
-        session.save()
+    with patch("time.time", lambda: clock() - get_runtime().settings.flush_interval - 1):
+        for key in keys:  # they have been due for a second
+            session = SessionStore(key)
+            session["count"] = turn
+            session.save()
     print("dirty", flush=True)
     batches = bare(keys)
     if sys.stdin.readline() == "bare\\n":
@@ -51,7 +53,7 @@ for turn, _ in enumerate(sys.stdin, 1):
             for parameters in batches:
                 cursor.execute(sql.UPDATE, parameters)
     else:
-        report = get_runtime().flusher.flush_once(time.time() + 61)
+        report = get_runtime().flusher.flush_once(time.time())
         assert report.updated >= len(keys), report
     print("clean", flush=True)
 """
@@ -150,6 +152,8 @@ def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Ite
     duration, number = scale.of(5, 2), scale.of(DIRTY, DIRTY // 4)
     scale.progress(f"asking at {rate:,.0f} requests/s while {number:,} sessions are flushed")
     with Poller(number) as poller:
+        poller.make_dirty()
+        poller.flush("flush")  # from now on agents know that somebody does it
 
         def nothing() -> float:
             return servers[NOTHING].ask("/probe/count/", duration, rate=rate).p99

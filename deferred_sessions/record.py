@@ -58,6 +58,7 @@ _FLAGS_AT, _VERSION_AT = 3, 12  # places in the header
 _TIMES_AT: Final = _SIZE - _TIMES.size
 CHANGED_AT: Final = slice(_TIMES_AT - _TIME.size, _TIMES_AT)
 """Where `changed_at` stands in the bytes of a record, as a little-endian double."""
+_NEVER: Final = bytes(_TIME.size)
 _WRITTEN_AT: Final = slice(CHANGED_AT.start - _TIME.size, CHANGED_AT.start)
 
 
@@ -357,7 +358,7 @@ def encode_recovered(data: memoryview, now: float) -> bytes:
     found = bytearray(data)
     is_deletion = found[_FLAGS_AT] & TOMBSTONE
     found[_FLAGS_AT] = found[_FLAGS_AT] & ~SHUT | CHANGED | (0 if is_deletion else RECOVERED)
-    if not any(found[CHANGED_AT]):
+    if found[CHANGED_AT] == _NEVER:
         found[CHANGED_AT] = found[_WRITTEN_AT]
     _TIMES.pack_into(found, _TIMES_AT, now - 1.0, now, now)
     return bytes(found)

@@ -28,23 +28,23 @@ def restore(
     if not _is_behind(txn, dbs.records, records):
         records = [each for each in records if _gives_way(txn, dbs, *each)]
     due = indexes.DUE.pack(indexes.microseconds(now - 1.0))
-    sessions, tombstones = (
-        dict.fromkeys(
-            (indexes.minute(kind, now), indexes.start_of(name))
-            for name, data in records
-            if is_tombstone(data) is wanted
-        )
-        for kind, wanted in ((indexes.SESSIONS, False), (indexes.TOMBSTONES, True))
-    )
+    alive = [name for name, data in records if not is_tombstone(data)]
+    deleted = [name for name, data in records if is_tombstone(data)]
     for database, items in (
         (dbs.records, records),
         (dbs.due, [(due + name, data[CHANGED_AT] + _NO_LOG) for name, data in records]),
-        (dbs.used, list(sessions)),
-        (dbs.used, list(tombstones)),
+        (dbs.used, _used(indexes.SESSIONS, alive, now)),
+        (dbs.used, _used(indexes.TOMBSTONES, deleted, now)),
     ):
         cursor = txn.cursor(database)
         is_dup = database is dbs.used
         cursor.putmulti(items, append=_is_behind(txn, database, items, is_dup=is_dup))
+
+
+def _used(kind: int, names: list[bytes], now: float) -> list[tuple[bytes, bytes]]:
+    """Return the places of sessions, or of deletions, in the index of last uses."""
+    minute = indexes.minute(kind, now)
+    return [(minute, start) for start in dict.fromkeys(map(indexes.start_of, names))]
 
 
 def _is_behind(
