@@ -14,7 +14,6 @@ CONTROL: Final = "LocMemCache"
 NOTHING: Final = "stores nothing"
 UNSHARED: Final = "a dictionary, not shared"
 BARE: Final = "bare LMDB, no bookkeeping"
-GUARDED: Final = "bare LMDB, least bookkeeping"
 
 
 class Candidate(NamedTuple):
@@ -34,7 +33,6 @@ ENGINES: Final[dict[str, Candidate]] = {
     NOTHING: Candidate("benchmarks.nothing", 2_000),
     UNSHARED: Candidate("benchmarks.unshared", 2_000),
     BARE: Candidate("benchmarks.bare", 2_000),
-    GUARDED: Candidate("benchmarks.guarded", 2_000),
     CONTROL: Candidate("django.contrib.sessions.backends.cache", 2_000, cache="default"),
     OURS: Candidate("deferred_sessions.backend", 2_000),
     "signed_cookies": Candidate("django.contrib.sessions.backends.signed_cookies", 400),

@@ -12,14 +12,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.engines import BARE, CONTROL, GUARDED, NOTHING, OURS, UNSHARED, available, engine
+from benchmarks.engines import BARE, CONTROL, NOTHING, OURS, UNSHARED, available, engine
 from benchmarks.measure import Goal, Scale, Table
 from benchmarks.sessions import Engine
 
 PROCESSES, THREADS, INCREMENTS = 4, 3, 150
 UPDATES = PROCESSES * THREADS * INCREMENTS
 WAYS = ("plain", "lock")
-LEFT_OUT = (NOTHING, UNSHARED, CONTROL, BARE, GUARDED, "signed_cookies")  # share or merge nothing
+LEFT_OUT = (NOTHING, UNSHARED, CONTROL, BARE, "signed_cookies")  # share or merge nothing
 FIRST = (OURS, "cache (Redis)")  # for a first impression
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from benchmarks.engines import BARE, CONTROL, GUARDED, NOTHING, OURS, UNSHARED, available, engine
+from benchmarks.engines import BARE, CONTROL, NOTHING, OURS, UNSHARED, available, engine
 from benchmarks.measure import Figures, Goal, Plot, Scale, Table, medians, ratio, take_turns
 from benchmarks.server import Server
 from benchmarks.sessions import stored
@@ -74,7 +74,7 @@ def measure(scale: Scale) -> Iterator[Table | Goal | Plot]:
         yield from latencies(servers, figures, scale)
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        names = [NOTHING, BARE, GUARDED, OURS]
+        names = [NOTHING, BARE, OURS]
         servers = {name: server(stack, name, place, asynchronous=True) for name in names}
         figures = rates(servers, "/probe/acount/", scale)
         yield from of_uvicorn(figures)
@@ -107,7 +107,6 @@ def of_gunicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
         (OURS, "requests/s, gunicorn"),
         (UNSHARED, "a dictionary in place of this engine: a limit"),
         (BARE, "bare LMDB in its place, which outlives a worker: a limit"),
-        (GUARDED, "bare LMDB with versions, expiry and due times: a limit"),
     ):
         for control, limit, against in (
             (NOTHING, 0.9, "of the engine that does nothing"),
@@ -129,7 +128,6 @@ def of_uvicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
     for name, what in (
         (OURS, "requests/s, uvicorn"),
         (BARE, "bare LMDB in its place: a limit"),
-        (GUARDED, "with versions, expiry and due times: a limit"),
     ):
         value, spread = ratio(figures, NOTHING, name)
         against = f"{what}, of the engine that does nothing"
@@ -171,7 +169,7 @@ def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Ite
             WRITING: partial(meanwhile, NOTHING, "bare"),
             OURS: partial(meanwhile, OURS, "flush"),
         }
-        results = take_turns(candidates, scale.of(6, 1))
+        results = take_turns(candidates, scale.of(9, 1))
     rows = [(name, f"{value * 1000:.1f}") for name, value in medians(results).items()]
     title = f"99th percentile at {LOAD:.0%} load for {duration} s, in which {number:,} are flushed"
     yield Table(title, ("engine", "ms"), rows)
