@@ -53,6 +53,8 @@ class Findings(NamedTuple):
     frames: int
     unreadable: int
     """Records of a layout that this version does not read."""
+    past_memory: int
+    """Records that only say that PostgreSQL has all of a session."""
     generation: int
     """Of the latest log."""
     rejected: list[tuple[Path, str]]
@@ -89,14 +91,15 @@ def read(journal: Journal) -> Findings:
     headers = sorted(_logs(journal, rejected))
     logs = [_mapped(path) for _, path in headers]
     newest: dict[bytes, int] = {}
-    frames = unreadable = 0
+    frames = unreadable = past_memory = 0
     progress = Progress()
     for which, ((header, _), log) in enumerate(zip(headers, logs, strict=True)):
         for name, start, stop in log_file.frames(log, header.seed):
             frames += 1
             if not frames % PART:
                 progress.say("Reading the journal: %d records so far.", frames)
-            if start == stop:  # saved past memory: PostgreSQL has it
+            if start == stop:
+                past_memory += 1
                 newest.pop(name, None)
                 continue
             try:
@@ -108,7 +111,7 @@ def read(journal: Journal) -> Findings:
             # one, and has given the session back.
             newest[name] = _place(start, stop, which)
     generation = headers[-1][0].generation if headers else 0
-    return Findings(newest, logs, frames, unreadable, generation, rejected)
+    return Findings(newest, logs, frames, unreadable, past_memory, generation, rejected)
 
 
 def recover_if_needed(journal: Journal, dbs: Databases, now: float) -> None:
@@ -143,11 +146,12 @@ def _recover(journal: Journal, dbs: Databases, now: float) -> None:
     if found.frames:
         logger.warning(
             "Recovered %d sessions from %d records of the journal in %.1f s; %d records could "
-            "not be read.",
+            "not be read, %d only said that PostgreSQL has a session.",
             len(found.newest),
             found.frames,
             time.monotonic() - started,
             found.unreadable,
+            found.past_memory,
             extra={"action": "recovered", "count": len(found.newest)},
         )
 

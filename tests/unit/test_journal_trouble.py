@@ -213,6 +213,18 @@ def test_a_session_saved_past_memory_and_a_broken_disk(
     assert set(host.records()) == {key(0), key(1)}
 
 
+def test_a_recovery_tells_why_it_finds_less(host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """What was saved past memory is in PostgreSQL; nobody need look for it in the journal."""
+    for number in range(3):
+        put(host.store, key(number))
+    for number in range(2):
+        host.store.give_up(key(number), lambda _: None)
+    host.lose_power()
+    assert set(host.records()) == {key(2)}
+    assert "Recovered 1 sessions from 5 records" in caplog.text
+    assert "2 only said that PostgreSQL has a session" in caplog.text
+
+
 def _due_later(record: records.SessionRecord | None) -> records.SessionRecord | None:
     return record and lifecycle.due_again(record, due_at=NOW + 1000)
 

@@ -47,7 +47,8 @@ class Command(BaseCommand):
             found = recovery.read(journal)
         self.stdout.write(
             f"{journal.directory}: {found.frames:,} records of {len(found.newest):,} sessions; "
-            f"{found.unreadable:,} of a layout that this version does not read."
+            f"{found.unreadable:,} of a layout that this version does not read, "
+            f"{found.past_memory:,} that only say that PostgreSQL has a session."
         )
         for _, why in found.rejected:
             self.stdout.write(why)
