@@ -13,11 +13,11 @@ from typing import Any
 
 import lmdb
 from django.contrib.sessions.backends.base import SessionBase
-from django.contrib.sessions.middleware import SessionMiddleware as DjangoSessionMiddleware
 from django.utils.crypto import get_random_string
 
-from benchmarks.nothing import CONTENT
+from benchmarks.nothing import CONTENT, SessionMiddleware
 
+__all__ = ["SessionMiddleware", "SessionStore"]
 ENCODED = json.dumps(CONTENT, separators=(",", ":")).encode()
 OPTIONS: dict[str, Any] = {"sync": False, "writemap": True, "map_async": True, "meminit": False}
 
@@ -53,13 +53,3 @@ class SessionStore(SessionBase):
     def create(self) -> None:
         """Make a key."""
         self._session_key = get_random_string(32)
-
-
-class SessionMiddleware(DjangoSessionMiddleware):
-    """Gives requests a session, saves it, and sets the cookie; under ASGI without threads."""
-
-    async def __acall__(self, request: Any) -> Any:
-        """Do what Django's does, on the event loop."""
-        self.process_request(request)
-        response = await self.get_response(request)  # type: ignore[misc]
-        return self.process_response(request, response)

@@ -31,19 +31,16 @@ class SessionStore(SessionBase):
         """Forget it."""
         self._session_key = self._session_key or KEY
 
-    async def asave(self, must_create: bool = False) -> None:  # noqa: ARG002
-        """Do what `save` does."""
-        self._session_key = self._session_key or KEY
-
     def create(self) -> None:
         """Make a key."""
         self._session_key = KEY
 
 
 class SessionMiddleware(DjangoSessionMiddleware):
-    """Gives requests a session; under ASGI without Django's threads."""
+    """Gives requests a session, and sets the cookie; under ASGI without Django's threads."""
 
     async def __acall__(self, request: Any) -> Any:
-        """Do nothing but that."""
+        """Do what Django's does, on the event loop: the answer is the same as under WSGI."""
         self.process_request(request)
-        return await self.get_response(request)  # type: ignore[misc]
+        response = await self.get_response(request)  # type: ignore[misc]
+        return self.process_response(request, response)
