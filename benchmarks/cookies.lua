@@ -1,6 +1,6 @@
 -- Requests of many visitors, for wrk: a cookie of KEYS each, in turn; DELAY ms between two.
--- A connection each, as nginx asks for unless it is told otherwise: those that are kept may all
--- have been taken by the same of two asynchronous workers.
+-- A connection each, as with the configuration that `sessionproxy` prints for nginx: those that
+-- are kept may all have been taken by the same of two asynchronous workers.
 local keys, number = {}, 0
 for line in io.lines(os.getenv("KEYS")) do keys[#keys + 1] = line end
 

@@ -20,6 +20,7 @@ from benchmarks.sessions import stored
 VISITORS = 200
 LOAD = 0.7  # of what the server can do
 DIRTY = 10_000
+REQUESTS = "each request changes its session, on a connection of its own"
 WRITING = "stores nothing, while the bare statement writes"
 POLLER = """
 import sys, time
@@ -39,6 +40,7 @@ def bare(keys):
     parts = [dirty[start : start + size] for start in range(0, len(dirty), size)]
     return [runtime.server.update_parameters(columns(part), time.time()) for part in parts]
 
+get_runtime().flusher.flush_once(time.time())  # agents know of a poller now
 keys, clock = [stored(SessionStore, 300) for _ in range(int(sys.argv[1]))], time.time
 for turn, _ in enumerate(sys.stdin, 1):
     with patch("time.time", lambda: clock() - get_runtime().settings.flush_interval - 1):
@@ -102,7 +104,7 @@ def rates(servers: dict[str, Server], path: str, scale: Scale) -> Figures:
 
 def of_gunicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
     """Yield what the figures of the synchronous servers show."""
-    yield table_of("behind gunicorn, 2 workers, wrk; each request changes its session", figures)
+    yield table_of(f"behind gunicorn, 2 workers, wrk; {REQUESTS}", figures)
     for name, what in (
         (OURS, "requests/s, gunicorn"),
         (UNSHARED, "a dictionary in place of this engine: a limit"),
@@ -122,9 +124,7 @@ def of_gunicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
 
 def of_uvicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
     """Yield what the figures of the asynchronous servers show."""
-    yield table_of(
-        "behind uvicorn, 2 workers, async view; each request changes its session", figures
-    )
+    yield table_of(f"behind uvicorn, 2 workers, async view; {REQUESTS}", figures)
     for name, what in (
         (OURS, "requests/s, uvicorn"),
         (BARE, "bare LMDB in its place: a limit"),
@@ -150,15 +150,13 @@ def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Ite
     duration, number = scale.of(5, 2), scale.of(DIRTY, DIRTY // 4)
     scale.progress(f"asking at {rate:,.0f} requests/s while {number:,} sessions are flushed")
     with Poller(number) as poller:
-        poller.make_dirty()
-        poller.flush("flush")  # from now on agents know that somebody does it
 
         def nothing() -> float:
             return servers[NOTHING].ask("/probe/count/", duration, rate=rate).p99
 
         def meanwhile(name: str, what: str) -> float:
             poller.make_dirty()
-            timer = threading.Timer(duration / 3, poller.flush, [what])
+            timer = threading.Timer(duration / 5, poller.flush, [what])
             timer.start()
             p99 = servers[name].ask("/probe/count/", duration, rate=rate).p99
             timer.join()

@@ -323,7 +323,9 @@ def test_recoversessions(journaled: Callable[..., Runtime], directory: Path) -> 
     change(session, n=1)
     reset_runtime()
     shutil.rmtree(directory)
-    assert "1 records of 1 sessions" in run("recoversessions", "--check")
+    look = run("recoversessions", "--check")
+    assert "1 records of 1 sessions" in look
+    assert "0 that only say that PostgreSQL has a session." in look
     assert not directory.exists()
 
     out = run("recoversessions")
