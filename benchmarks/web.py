@@ -99,7 +99,7 @@ def rates(servers: dict[str, Server], path: str, scale: Scale) -> Figures:
     candidates: dict[str, Callable[[], float]] = {name: partial(ask, name) for name in servers}
     scale.progress(f"asking {len(servers)} servers for {path}")
     take_turns(candidates, 1)  # to warm up
-    return take_turns(candidates, scale.of(10, 1))
+    return take_turns(candidates, scale.of(9, 1))
 
 
 def of_gunicorn(figures: Figures) -> Iterator[Table | Goal | Plot]:
@@ -167,7 +167,7 @@ def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Ite
             WRITING: partial(meanwhile, NOTHING, "bare"),
             OURS: partial(meanwhile, OURS, "flush"),
         }
-        results = take_turns(candidates, scale.of(8, 1))
+        results = take_turns(candidates, scale.of(7, 1))
     rows = [(name, f"{value * 1000:.1f}") for name, value in medians(results).items()]
     title = f"99th percentile at {LOAD:.0%} load for {duration} s, in which {number:,} are flushed"
     yield Table(title, ("engine", "ms"), rows)
