@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Container, Iterable, Mapping, Sequence
-from itertools import compress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import compress, repeat
 from json.encoder import encode_basestring_ascii
 from operator import is_not
 from typing import Any, Final, Protocol
@@ -32,6 +32,7 @@ Session = dict[str, Any]
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _TEXT: Final = frozenset({str})
 _MISSING: Final = object()
+_UNCHANGEABLE: Final = _SCALARS | {type(_MISSING)}
 _NOTHING: Final[Mapping[str, Any]] = {}
 _keys: Final = dict.keys  # as they are, also of a `LazySession`
 _values: Final = dict.values
@@ -61,7 +62,7 @@ class Snapshot(Protocol):
         """Return a session that belongs to the caller alone."""
 
     def changed_to(
-        self, session: Session, watched: Container[str] | None = None
+        self, session: Session, watched: Collection[str] | None = None
     ) -> tuple[Snapshot, Iterable[str]]:
         """Return the snapshot of `session`, and the keys in which the two differ.
 
@@ -123,7 +124,7 @@ class _SerializerSnapshot:
     def changed_to(
         self,
         session: Session,
-        watched: Container[str] | None = None,  # noqa: ARG002 - nothing to gain from it
+        watched: Collection[str] | None = None,  # noqa: ARG002 - nothing to gain from it
     ) -> tuple[Snapshot, Iterable[str]]:
         payload = self._serializer().dumps(session)
         if payload == self.payload:
@@ -193,7 +194,7 @@ class _JsonSnapshot:
         return values.copy() if self._is_flat else LazySession(values)
 
     def changed_to(
-        self, session: Session, watched: Container[str] | None = None
+        self, session: Session, watched: Collection[str] | None = None
     ) -> tuple[Snapshot, Iterable[str]]:
         first = self._first  # another thread may take the session apart meanwhile
         if self._values is None and first is not None:
@@ -259,12 +260,15 @@ class _JsonSnapshot:
         return _JsonSnapshot(_joined(texts), texts, names, kept, is_flat=is_flat, is_own=True)
 
     def _changed_at_first(
-        self, first: Session, session: Session, watched: Container[str] | None
+        self, first: Session, session: Session, watched: Collection[str] | None
     ) -> tuple[Snapshot, Iterable[str]]:
         """Do what `changed_to` does, for the session that was copied first."""
         payload = _encoded(session)
         if payload == self.payload:
             return self, ()
+        if watched is not None and _are_same(watched, first, session):  # at the speed of C
+            others = (first.keys() | session.keys()).difference(watched)
+            return _JsonSnapshot(payload, is_own=True), others
         changed, old = [], None
         for key, value in _items(session):
             if type(value) in _SCALARS:
@@ -346,6 +350,14 @@ def _is_other(new: Any, old: Any) -> bool:
 
 class _TooDeepError(Exception):
     """A value is nested deeper than marshal goes, though JSON does."""
+
+
+def _are_same(names: Iterable[str], old: Session, new: Session) -> bool:
+    """Tell whether both have the very same scalars under these names, or nothing."""
+    values = [*map(new.get, names, repeat(_MISSING))]
+    if any(map(is_not, values, map(old.get, names, repeat(_MISSING)))):
+        return False
+    return _UNCHANGEABLE.issuperset(map(type, values))
 
 
 def _with_removed(changed: list[str], session: Session, values: Session) -> list[str]:

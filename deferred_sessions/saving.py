@@ -1,7 +1,7 @@
-"""What `tiers` answers when memory alone cannot finish a load or a save.
+"""Which record a save may replace, and what `tiers` answers when memory alone cannot finish it.
 
-Made by `tiers` and `bypass`, acted on by `backend`. Invariant: a `Saving` says in `rest`
-what is left to do, and holds all that doing it takes.
+Used by `tiers` and `bypass`; `backend` acts on the answers. Invariant: a `Saving` says in
+`rest` what is left to do, and holds all that doing it takes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final, NamedTuple
 
+from deferred_sessions import lifecycle
 from deferred_sessions.exceptions import SessionDeletedError
 from deferred_sessions.memory.cache import Entry
+from deferred_sessions.memory.tables import Again
 from deferred_sessions.payload import Snapshot
-from deferred_sessions.record import SHUT, SessionRecord
+from deferred_sessions.record import CLOSED, SHUT, SessionRecord
 
 DELETED: Final = "The session was deleted before it was saved."
 
@@ -75,3 +77,13 @@ def obstacle_to(
     if record.flags & SHUT:
         return Rest.ASK, None
     return (Rest.MERGE, record) if has_moved_on(record, base) else None
+
+
+def saved_over(
+    again: Again, base: Entry[Snapshot] | None, record: SessionRecord | None
+) -> SessionRecord | None:
+    """Return what a save makes of `record`: the record itself if it may not take its place."""
+    if record is None or record.flags & CLOSED or has_moved_on(record, base):
+        return record
+    _, _, payload, user_id, expires_at, _, now, policy = again
+    return lifecycle.saved(record, payload, user_id, expires_at, now, policy)

@@ -31,8 +31,8 @@ from deferred_sessions.memory.store import HostStore
 from deferred_sessions.memory.tables import Change
 from deferred_sessions.payload import Codec, Snapshot
 from deferred_sessions.policy import Policy
-from deferred_sessions.record import CLOSED, DIRTY, RECOVERED, TOMBSTONE, SessionRecord
-from deferred_sessions.saving import DELETED, Memory, Rest, Saving, has_moved_on, obstacle_to
+from deferred_sessions.record import DIRTY, RECOVERED, TOMBSTONE, SessionRecord
+from deferred_sessions.saving import DELETED, Memory, Rest, Saving, obstacle_to, saved_over
 from deferred_sessions.servers.fleet import Fleet
 from deferred_sessions.write_through import WriteThrough
 
@@ -154,26 +154,17 @@ class Tiers:
         Raises:
             SessionDeletedError: The session was deleted meanwhile; nothing is changed.
         """
-        payload, policy = snapshot.payload, self._policy
         version, entered_at = UNKNOWN if base is None else base[:2]
-
-        def transition(record: SessionRecord | None) -> SessionRecord | None:
-            if record is None or record.flags & CLOSED:
-                return record
-            if (record.version != version or record.entered_at != entered_at) and has_moved_on(
-                record, base
-            ):
-                return record
-            return lifecycle.saved(record, payload, user_id, expires_at, now, policy)
-
-        used_after = now - lifecycle.USE_GRAIN
+        again = (
+            version, entered_at, snapshot.payload, user_id, expires_at,
+            now - lifecycle.USE_GRAIN, now, self._policy,
+        )  # fmt: skip
         change: Change | None
         try:
             if is_urgent or base is None or snapshot is base[2]:
-                change = self._store.update(key, transition)
+                change = self._store.update(key, partial(saved_over, again, base))
             else:
-                again = version, entered_at, payload, user_id, expires_at, used_after, now, policy
-                change = self._store.save(key, again, transition)
+                change = self._store.save(key, again, partial(saved_over, again, base))
         except StoreFullError:
             return Saving(Rest.BYPASS, key, snapshot, user_id, expires_at, is_urgent, base)
         if change is None and not self._store.is_strict:

@@ -155,6 +155,27 @@ def test_equal_scalars_are_no_change(snapshot: Snapshot) -> None:
     assert list(snapshot.changed_to(session)[1]) == ["n"]
 
 
+@pytest.mark.parametrize("value", [None, "other", True, 1.0, [1, 2, 3], ...])
+@pytest.mark.parametrize("name", ["text", "one", "list", "none", "new"])
+def test_what_is_watched_is_certain(name: str, value: Any) -> None:
+    """Also if it is removed, None, equal but of another type, or changed where it is."""
+    session: dict[str, Any] = {"text": "t", "one": 1, "list": [1, 2], "none": None, "n": 0}
+    theirs = codec_for(JSONSerializer).decode(json.dumps(session).encode())
+    first = theirs.copy()
+    if value is ...:
+        first.pop(name, None)
+    elif name == "list" and isinstance(value, list):
+        first[name].append(3)
+    else:
+        first[name] = value
+    first["n"] = 1
+    changed = set(theirs.changed_to(first, {name})[1])
+    is_same = json.dumps(first.get(name, ...), default=str) == json.dumps(
+        session.get(name, ...), default=str
+    )
+    assert changed & {name, "n"} == ({"n"} if is_same else {name, "n"})
+
+
 def test_what_cannot_be_packed() -> None:
     assert packed(object()) is None
     assert packed([1]) == packed([1]) != packed([True])
@@ -173,6 +194,7 @@ def test_what_another_process_saved(snapshot: Snapshot) -> None:
     assert list(changed) == ["cart", "none"]
     assert after.copy() == first
     assert list(theirs.changed_to(first, {"n", "address"})[1]) == ["cart", "none"]
+    assert {"cart", "none"} <= set(theirs.changed_to(first, {"n", "missing"})[1])
     assert list(theirs.changed_to(first, {"address"})[1]) == ["cart", "none"]
 
     second = theirs.copy()
