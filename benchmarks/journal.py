@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from django.test import override_settings
 
@@ -36,6 +36,8 @@ from deferred_sessions.record import encode
 from deferred_sessions.runtime import get_runtime
 
 CYCLES, SESSIONS, PROCESSES = 20_000, 100, 8  # cycles: several intervals between syncs
+ROUNDS = 11  # of those who wait for the disk
+SIZE = 300  # bytes
 SLOW = 0.002  # seconds that a sync takes longer on the disk that is simulated
 WAITED = 0.0001  # seconds that are slept where nothing is waited for: less than a sync takes
 SAVER = """
@@ -50,17 +52,17 @@ if delay:
     os.fdatasync = lambda descriptor: (time.sleep(delay), real(descriptor))
 SessionStore(key)["count"]
 print("ready", flush=True)
-sys.stdin.readline()
-started = time.perf_counter()
-for number in range(count):
-    session = SessionStore(key)
-    session["count"] = session["count"] + 1
-    session.save()
-    if pause and number % share:
-        time.sleep(pause)
-    elif pause:
-        get_runtime().store.journal.sync(time.time())
-print(time.perf_counter() - started, flush=True)
+for _ in sys.stdin:
+    started = time.perf_counter()
+    for number in range(count):
+        session = SessionStore(key)
+        session["count"] = session["count"] + 1
+        session.save()
+        if pause and number % share:
+            time.sleep(pause)
+        elif pause:
+            get_runtime().store.journal.sync(time.time())
+    print(time.perf_counter() - started, flush=True)
 """
 CYCLER = """
 import sys
@@ -84,11 +86,11 @@ key, count = sys.argv[1], int(sys.argv[2])
 statement = "UPDATE deferred_sessions_session SET session_data = %s, version = %s, owner = 'x'"
 with connection.cursor() as cursor:
     print("ready", flush=True)
-    sys.stdin.readline()
-    started = time.perf_counter()
-    for number in range(count):
-        cursor.execute(f"{statement} WHERE session_key = %s", [sys.argv[3], number + 2, key])
-    print(time.perf_counter() - started, flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        for number in range(count):
+            cursor.execute(f"{statement} WHERE session_key = %s", [sys.argv[3], number + 2, key])
+        print(time.perf_counter() - started, flush=True)
 """
 
 
@@ -132,33 +134,9 @@ def of_saves(scale: Scale) -> Iterator[Table | Goal]:
 def cycler(**settings: Any) -> Iterator[Callable[[], float]]:
     """Be a process of a host of its own that has an agent; returns its seconds per cycle."""
     directory = f"{os.environ['SESSION_DIRECTORY']}-cycler-{len(settings)}"
-    process = subprocess.Popen(
-        [sys.executable, "-c", CYCLER, str(SESSIONS), str(CYCLES)],
-        env={
-            **os.environ,
-            "SESSION_DIRECTORY": directory,
-            "DEFERRED_SESSIONS": json.dumps(settings),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        },
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        told, asked = process.stdout, process.stdin
-        told.readline()
-
-        def turn() -> float:
-            asked.write("go\n")
-            asked.flush()
-            return float(told.readline())
-
-        try:
-            yield turn
-        finally:
-            process.kill()
+    environment = {"SESSION_DIRECTORY": directory, "DEFERRED_SESSIONS": json.dumps(settings)}
+    with workers(CYCLER, [[str(SESSIONS), str(CYCLES)]], environment) as turn:
+        yield turn
     shutil.rmtree(directory)
 
 
@@ -167,22 +145,20 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
     scale.progress("saves that wait for the disk")
     count, many = scale.of(500, 100), f"{PROCESSES} processes"
     ceiling = f"{many} that sleep instead"
-    with (
-        tempfile.TemporaryDirectory() as place,
-        host(Path(place), JOURNAL_DIRECTORY=f"{place}/journal", SYNC_INTERVAL=0),
-    ):
-        figures = take_turns(
-            {
-                "1 process": lambda: savers(1, count),
-                many: lambda: savers(PROCESSES, count),
-                ceiling: lambda: savers(PROCESSES, count, interval=0.1, pause=WAITED),
-                "1 process, simulated disk": lambda: savers(1, count // 5, delay=SLOW),
-                f"{many}, simulated disk": lambda: savers(PROCESSES, count // 5, delay=SLOW),
-                "PostgreSQL, a commit each, 1 process": lambda: commits(1, count),
-                f"PostgreSQL, a commit each, {many}": lambda: commits(PROCESSES, count),
-            },
-            scale.of(3, 1),
-        )
+    with ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(host(Path(place), JOURNAL_DIRECTORY=f"{place}/journal"))
+        candidates = {
+            "1 process": savers(1, 2 * count),
+            many: savers(PROCESSES, count),
+            ceiling: savers(PROCESSES, count, interval=0.1, pause=WAITED),
+            "1 process, simulated disk": savers(1, count // 5, delay=SLOW),
+            f"{many}, simulated disk": savers(PROCESSES, count // 5, delay=SLOW),
+            "PostgreSQL, a commit each, 1 process": committers(1, 2 * count),
+            f"PostgreSQL, a commit each, {many}": committers(PROCESSES, count),
+        }
+        turns = {name: stack.enter_context(each) for name, each in candidates.items()}
+        figures = take_turns(turns, scale.of(ROUNDS, 1))
     rates = {name: 1 / value for name, value in medians(figures).items()}
     rows = [(name, f"{rate:,.0f}") for name, rate in rates.items()]
     title = (
@@ -208,10 +184,11 @@ def at_least(figures: Figures, name: str, control: str, limit: float, what: str)
     return Goal(what, value, limit, is_least=True, spread=spread)
 
 
+@contextmanager
 def savers(
     processes: int, count: int, *, delay: float = 0.0, interval: float = 0.0, pause: float = 0.0
-) -> float:
-    """Return the seconds per save of processes that save at the same time.
+) -> Iterator[Callable[[], float]]:
+    """Be processes that save at the same time; returns the seconds per save.
 
     Syncs take longer by `delay`; who does not wait for them may sleep for a `pause` instead:
     no process can wait for less than another one takes over, which is what that costs, nor can
@@ -223,38 +200,60 @@ def savers(
         "SESSION_DIRECTORY": str(own.directory),
         "DEFERRED_SESSIONS": json.dumps(settings),
     }
-    arguments = [str(delay), str(pause), str(processes)]
-    return together(processes, count, SAVER, arguments, environment)
+    arguments = [str(count), str(delay), str(pause), str(processes)]
+    each = [[stored(SessionStore, SIZE), *arguments] for _ in range(processes)]
+    with workers(SAVER, each, environment) as turn:
+        yield lambda: turn() / (processes * count)
 
 
-def commits(processes: int, count: int) -> float:
-    """Return the seconds per update of a row that is committed by itself."""
-    return together(processes, count, COMMITTER, [SessionStore().encode(content(300))], {})
+@contextmanager
+def committers(processes: int, count: int) -> Iterator[Callable[[], float]]:
+    """Be processes that commit each update of a row; returns the seconds per update."""
+    arguments = [str(count), SessionStore().encode(content(SIZE))]
+    each = [[stored(SessionStore, SIZE), *arguments] for _ in range(processes)]
+    with workers(COMMITTER, each, {}) as turn:
+        yield lambda: turn() / (processes * count)
 
 
-def together(
-    processes: int, count: int, script: str, arguments: list[str], environment: dict[str, str]
-) -> float:
-    """Return the seconds per update of processes that begin at the same time."""
-    workers = [
+@contextmanager
+def workers(
+    script: str, arguments: Sequence[Sequence[str]], environment: Mapping[str, str]
+) -> Iterator[Callable[[], float]]:
+    """Be processes that begin at the same time, when told; returns what the slowest one says."""
+    started = [
         subprocess.Popen(
-            [sys.executable, "-c", script, stored(SessionStore, 300), str(count), *arguments],
+            [sys.executable, "-c", script, *each],
             env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[1])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for _ in range(processes)
+        for each in arguments
     ]
-    for worker in workers:
-        assert worker.stdout is not None
-        worker.stdout.readline()
-    for worker in workers:
-        assert worker.stdin is not None
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    taken = [float(worker.communicate()[0]) for worker in workers]  # without their ends
-    return max(taken) / (processes * count)
+    pipes = [(process.stdin, process.stdout) for process in started]
+
+    def turn() -> float:
+        for asked, _ in pipes:
+            assert asked is not None
+            asked.write("go\n")
+            asked.flush()
+        return max(float(_line(told)) for _, told in pipes)
+
+    try:
+        for _, told in pipes:
+            _line(told)
+        yield turn
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def _line(told: IO[str] | None) -> str:
+    line = told.readline() if told is not None else ""
+    if not line:
+        raise RuntimeError("A process that is measured has died.")
+    return line
 
 
 def of_recovery(scale: Scale) -> Iterator[Table | Goal]:
@@ -264,7 +263,7 @@ def of_recovery(scale: Scale) -> Iterator[Table | Goal]:
     with tempfile.TemporaryDirectory() as place:
         logs, store = Path(place, "journal"), Path(place, "store")
         store.mkdir(mode=0o700)
-        payload = get_runtime().codec.encode(content(300)).payload
+        payload = get_runtime().codec.encode(content(SIZE)).payload
         now, policy = time.time(), Policy(60.0)
         with host(Path(place), JOURNAL_DIRECTORY=str(logs), STORE_SIZE=1 << 30):
             runtime = get_runtime()
