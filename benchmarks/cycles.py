@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from benchmarks.engines import CONTROL, NOTHING, OURS, available, engine
+from benchmarks.engines import CONTROL, NOTHING, OURS, REDIS, available, engine
 from benchmarks.engines import ENGINES as CANDIDATES
 from benchmarks.measure import (
     Figures,
@@ -22,7 +22,6 @@ from benchmarks.sessions import Engine, stored
 
 SIZES = (300, 3_000, 30_000)  # bytes of JSON
 SESSIONS = 100
-REDIS = "cache (Redis)"
 Work = Callable[[Engine, list[str], int], object]
 
 

@@ -14,6 +14,8 @@ CONTROL: Final = "LocMemCache"
 NOTHING: Final = "stores nothing"
 UNSHARED: Final = "a dictionary, not shared"
 BARE: Final = "bare LMDB, no bookkeeping"
+REDIS: Final = "cache (Redis)"
+DB: Final = "db"
 
 
 class Candidate(NamedTuple):
@@ -36,15 +38,13 @@ ENGINES: Final[dict[str, Candidate]] = {
     CONTROL: Candidate("django.contrib.sessions.backends.cache", 2_000, cache="default"),
     OURS: Candidate("deferred_sessions.backend", 2_000),
     "signed_cookies": Candidate("django.contrib.sessions.backends.signed_cookies", 400),
-    "cache (Redis)": Candidate(
-        "django.contrib.sessions.backends.cache", 300, "REDIS_URL", cache="redis"
-    ),
-    "db": Candidate("django.contrib.sessions.backends.db", 100),
+    REDIS: Candidate("django.contrib.sessions.backends.cache", 300, "REDIS_URL", cache="redis"),
+    DB: Candidate("django.contrib.sessions.backends.db", 70),
     "cached_db (Redis)": Candidate(
-        "django.contrib.sessions.backends.cached_db", 100, "REDIS_URL", cache="redis"
+        "django.contrib.sessions.backends.cached_db", 70, "REDIS_URL", cache="redis"
     ),
-    "django-qsessions": Candidate("qsessions.backends.cached_db", 100, "qsessions", cache="redis"),
-    "django-user-sessions": Candidate("user_sessions.backends.db", 100, "user_sessions"),
+    "django-qsessions": Candidate("qsessions.backends.cached_db", 70, "qsessions", cache="redis"),
+    "django-user-sessions": Candidate("user_sessions.backends.db", 70, "user_sessions"),
 }
 
 

@@ -226,7 +226,7 @@ def flushes(stack: ExitStack, sites: Sites, scale: Scale) -> Iterator[Table | Go
     rivals = {kind: partial(rate, kind) for kind in kinds if kind != COPIED}
     take_turns(rivals, 1)  # to warm up
     copied = take_turns({COPIED: partial(rate, COPIED)}, scale.of(3, 1))
-    figures = take_turns(rivals, scale.of(15, 1)) | copied
+    figures = take_turns(rivals, scale.of(11, 1)) | copied
     rates, busy = medians(figures), medians(cores)
     yield Table(
         f"flush of {DIRTY:,} changed sessions of 300 bytes",

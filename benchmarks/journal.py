@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,10 +37,10 @@ from deferred_sessions.record import encode
 from deferred_sessions.runtime import get_runtime
 
 CYCLES, SESSIONS, PROCESSES = 20_000, 100, 8  # cycles: several intervals between syncs
-ROUNDS = 11  # of those who wait for the disk
+ROUNDS = 13  # of those who wait for the disk
 SIZE = 300  # bytes
+SYNCS = 300  # to know how long one takes
 SLOW = 0.002  # seconds that a sync takes longer on the disk that is simulated
-WAITED = 0.0001  # seconds that are slept where nothing is waited for: less than a sync takes
 SAVER = """
 import os, sys, time
 import django; django.setup()
@@ -122,7 +123,7 @@ def of_saves(scale: Scale) -> Iterator[Table | Goal]:
             own = {"without": {}, "with a journal": {"JOURNAL_DIRECTORY": f"{place}/journal"}}
             pair = {name: stack.enter_context(cycler(**settings)) for name, settings in own.items()}
             take_turns(pair, 1)  # until the agents have settled
-            for name, times in take_turns(pair, scale.of(5, 1)).items():
+            for name, times in take_turns(pair, scale.of(8, 1)).items():
                 figures.setdefault(name, []).extend(times)
     rows = [(name, f"{value * 1e6:.1f}") for name, value in medians(figures).items()]
     yield Table("load + change + save, 300 bytes, synced every 0.1 s", ("journal", "µs"), rows)
@@ -148,10 +149,11 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(host(Path(place), JOURNAL_DIRECTORY=f"{place}/journal"))
+        pause = lone_sync(Path(place, "log"))
         candidates = {
             "1 process": savers(1, 2 * count),
             many: savers(PROCESSES, count),
-            ceiling: savers(PROCESSES, count, interval=0.1, pause=WAITED),
+            ceiling: savers(PROCESSES, count, interval=0.1, pause=pause),
             "1 process, simulated disk": savers(1, count // 5, delay=SLOW),
             f"{many}, simulated disk": savers(PROCESSES, count // 5, delay=SLOW),
             "PostgreSQL, a commit each, 1 process": committers(1, 2 * count),
@@ -163,7 +165,7 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
     rows = [(name, f"{rate:,.0f}") for name, rate in rates.items()]
     title = (
         "updates that are on disk when they return (simulated disk: each sync 2 ms longer; to "
-        f"sleep: 0.1 ms, and each {PROCESSES}th save syncs)"
+        f"sleep: {pause * 1e3:.2f} ms, as a sync takes here, and each {PROCESSES}th save syncs)"
     )
     yield Table(title, ("saved by", "per second"), rows)
     what = f"saves/s of {many} that wait for the disk, to one process"
@@ -176,6 +178,19 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
         what = f"saves/s of {many} that wait for the disk, to single-row commits of {who}"
         yield at_least(figures, many, commit, 5, what)
         yield at_least(figures, ceiling, commit, 5, f"{what}; if they only slept: a limit")
+
+
+def lone_sync(path: Path) -> float:
+    """Return the seconds that a sync of a short write takes if nobody else wants anything."""
+    with path.open("wb") as file:
+        file.write(bytes(SYNCS * SIZE))
+        file.flush()
+        os.fsync(file.fileno())
+        taken = []
+        for number in range(SYNCS):
+            os.pwrite(file.fileno(), b"x" * SIZE, number * SIZE)
+            taken.append(seconds(partial(os.fdatasync, file.fileno())))
+    return median(taken)
 
 
 def at_least(figures: Figures, name: str, control: str, limit: float, what: str) -> Goal:
@@ -191,8 +206,8 @@ def savers(
     """Be processes that save at the same time; returns the seconds per save.
 
     Syncs take longer by `delay`; who does not wait for them may sleep for a `pause` instead:
-    no process can wait for less than another one takes over, which is what that costs, nor can
-    a sync be for more saves than there are processes.
+    no process can wait for less than a sync takes while another one takes over, which is what
+    that costs, nor can a sync be for more saves than there are processes.
     """
     own = get_runtime().settings
     settings = {"JOURNAL_DIRECTORY": str(own.journal_directory), "SYNC_INTERVAL": interval}

@@ -116,7 +116,7 @@ def no_room_to(work: str) -> Iterator[None]:
 
 def _full_for(work: str, real: Callable[..., Any]) -> Callable[..., Any]:
     def full(*arguments: Any) -> Any:
-        if sys._getframe(1).f_code.co_qualname == f"Tiers.{work}":  # noqa: SLF001 - who calls
+        if sys._getframe(1).f_code.co_qualname == f"Tiers.{work}":
             raise StoreFullError("full")
         return real(*arguments)
 
