@@ -36,7 +36,9 @@ VALID_KEY: Final = re.compile(r"[0-9A-Za-z_-]{8,40}").fullmatch
 characters of a-z0-9, the rest leaves room for keys that other engines have made."""
 
 KEY_LENGTH: Final = 32
+EXPIRY_KEY: Final = "_session_expiry"
 TROUBLE: Final = (ServerUnavailableError, SessionBusy)
+_get: Final = dict.get  # of what is never nested, and so never packed: see `lazy_session`
 
 
 class DeferredSession(SessionBase):
@@ -107,7 +109,7 @@ class DeferredSession(SessionBase):
             snapshot, is_urgent, changed = runtime.codec.encode(session), True, session
         else:
             raise UpdateError("There is no such session.")
-        user_id = session.get(USER_KEY)
+        user_id = _get(session, USER_KEY)
         return runtime.tiers.remember(
             key,
             snapshot,
@@ -147,6 +149,12 @@ class DeferredSession(SessionBase):
             return False
         runtime.overlap.merge_into(self._session_cache, base.snapshot, left)
         return True
+
+    def get_expiry_age(self, **kwargs: Any) -> Any:
+        """Do what Django's does, which looks at the clock even if nothing was set."""
+        if not kwargs and not self.get(EXPIRY_KEY):
+            return self.get_session_cookie_age()
+        return super().get_expiry_age(**kwargs)
 
     def note_client(self, client: Client) -> None:
         """Have it in the session where this request came from, if that is news.
@@ -193,7 +201,7 @@ class DeferredSession(SessionBase):
             self._base = overlap.merge_into(self._session_cache, base.snapshot, record)
 
     def _expires_at(self, session: dict[str, Any], now: float) -> float:
-        expiry = session.get("_session_expiry")
+        expiry = _get(session, EXPIRY_KEY)
         if not expiry:
             return now + self.get_session_cookie_age()
         expires_at: float = self.get_expiry_date(expiry=expiry).timestamp()

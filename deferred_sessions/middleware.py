@@ -21,7 +21,7 @@ from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
 from deferred_sessions.client import client_of
-from deferred_sessions.deferred_session import DeferredSession
+from deferred_sessions.deferred_session import EXPIRY_KEY, DeferredSession
 from deferred_sessions.exceptions import (
     JournalError,
     LockTimeoutError,
@@ -85,7 +85,7 @@ class SessionMiddleware(DjangoSessionMiddleware):
             failure: Exception | None = None
             try:
                 if self._is_to_be_saved(session, runtime):
-                    await session.aget("_session_expiry")  # process_response will look at it
+                    await session.aget(EXPIRY_KEY)  # process_response will look at it
                     await session.asave()
                 else:
                     return self.process_response(request, response)
