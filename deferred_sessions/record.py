@@ -167,13 +167,21 @@ def decode(key: str, data: memoryview | bytes) -> SessionRecord:
     Raises:
         RecordCorruptError: Too short, or of a layout this version does not know.
     """
-    fields = _fields(data)
-    size = _SIZE if fields[0] == FORMAT else _SHORTS[data[_SAME_AT] & _SAME].size
-    start = size + fields[1]
+    return complete(key, _fields(data), data)
+
+
+def complete(key: str, head: tuple[Any, ...], data: memoryview | bytes) -> SessionRecord:
+    """Return the record in `data` whose head is known: a `Head`, or its fields.
+
+    Raises:
+        RecordCorruptError: Too short.
+    """
+    size = _SIZE if head[0] == FORMAT else _SHORTS[data[_SAME_AT] & _SAME].size
+    start = size + head[1]
     if start > len(data):
         raise RecordCorruptError(f"A record of {len(data)} bytes is cut short.")
-    user_id = str(data[size:start], "utf-8") if fields[1] else ""
-    return tuple.__new__(SessionRecord, (key, bytes(data[start:]), user_id, *fields[2:]))
+    user_id = str(data[size:start], "utf-8") if head[1] else ""
+    return tuple.__new__(SessionRecord, (key, bytes(data[start:]), user_id, *head[2:]))
 
 
 def _fields(data: memoryview | bytes) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from deferred_sessions.record import (
     DIRTY,
     Head,
     SessionRecord,
+    complete,
     decode,
     decode_head,
     encode,
@@ -81,7 +82,7 @@ def look(
     found = decode_head(data)
     if found.version == version and found.entered_at == entered_at:
         return found
-    return decode(key, data)
+    return complete(key, found, data)
 
 
 def page(txn: lmdb.Transaction, dbs: Databases, after: str, limit: int) -> list[SessionRecord]:
