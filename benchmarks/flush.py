@@ -45,7 +45,7 @@ while True:
 def measure(scale: Scale) -> Iterator[Table | Goal]:
     """Yield a table of rates, and one of what many updates do to the table."""
     rows = []
-    for number, rounds in ((FEW, 3), (scale.of(MANY, MANY // 4), 11)):
+    for number, rounds in ((FEW, 3), (scale.of(MANY, MANY // 4), 9)):
         scale.progress(f"flushing {number:,} sessions")
         bench = Bench(number)
         figures = take_turns(

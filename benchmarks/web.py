@@ -102,7 +102,7 @@ def rates(servers: dict[str, Server], path: str, scale: Scale) -> Figures:
     take_turns(candidates, 1)  # to warm up
     figures = take_turns(candidates, scale.of(5, 1))
     compared = {name: candidates[name] for name in COMPARED if name in candidates}
-    for name, more in take_turns(compared, scale.of(12, 0)).items():
+    for name, more in take_turns(compared, scale.of(10, 0)).items():
         figures[name] += more
     return figures
 
@@ -172,7 +172,7 @@ def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Ite
             WRITING: partial(meanwhile, NOTHING, "bare"),
             OURS: partial(meanwhile, OURS, "flush"),
         }
-        results = take_turns(candidates, scale.of(6, 1))
+        results = take_turns(candidates, scale.of(5, 1))
     rows = [(name, f"{value * 1000:.1f}") for name, value in medians(results).items()]
     title = f"99th percentile at {LOAD:.0%} load for {duration} s, in which {number:,} are flushed"
     yield Table(title, ("engine", "ms"), rows)
