@@ -40,6 +40,8 @@ CYCLES, SESSIONS, PROCESSES = 20_000, 100, 8  # cycles: several intervals betwee
 ROUNDS = 13  # of those who wait for the disk
 SIZE = 300  # bytes
 SYNCS = 300  # to know how long one takes
+ROOM = 128 << 20  # bytes: nobody flushes, so nobody swaps, and a log that grows is another one
+SHORTEST = 1e-6  # seconds of a sleep
 SLOW = 0.002  # seconds that a sync takes longer on the disk that is simulated
 SAVER = """
 import os, sys, time
@@ -136,9 +138,11 @@ def cycler(**settings: Any) -> Iterator[Callable[[], float]]:
     """Be a process of a host of its own that has an agent; returns its seconds per cycle."""
     directory = f"{os.environ['SESSION_DIRECTORY']}-cycler-{len(settings)}"
     environment = {"SESSION_DIRECTORY": directory, "DEFERRED_SESSIONS": json.dumps(settings)}
-    with workers(CYCLER, [[str(SESSIONS), str(CYCLES)]], environment) as turn:
-        yield turn
-    shutil.rmtree(directory)
+    try:
+        with workers(CYCLER, [[str(SESSIONS), str(CYCLES)]], environment) as turn:
+            yield turn
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
@@ -148,24 +152,27 @@ def of_strict_saves(scale: Scale) -> Iterator[Table | Goal]:
     ceiling = f"{many} that sleep instead"
     with ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(host(Path(place), JOURNAL_DIRECTORY=f"{place}/journal"))
-        pause = lone_sync(Path(place, "log"))
+        logs = {"JOURNAL_DIRECTORY": f"{place}/journal", "JOURNAL_SIZE": ROOM}
+        stack.enter_context(host(Path(place), **logs))
+        pause = longest_sleep(lone_sync(Path(place, "log")))
         candidates = {
             "1 process": savers(1, 2 * count),
             many: savers(PROCESSES, count),
             ceiling: savers(PROCESSES, count, interval=0.1, pause=pause),
-            "1 process, simulated disk": savers(1, count // 5, delay=SLOW),
-            f"{many}, simulated disk": savers(PROCESSES, count // 5, delay=SLOW),
             "PostgreSQL, a commit each, 1 process": committers(1, 2 * count),
             f"PostgreSQL, a commit each, {many}": committers(PROCESSES, count),
+            "1 process, simulated disk": savers(1, count // 5, delay=SLOW),
+            f"{many}, simulated disk": savers(PROCESSES, count // 5, delay=SLOW),
         }
         turns = {name: stack.enter_context(each) for name, each in candidates.items()}
+        take_turns(turns, 1)  # to warm up
         figures = take_turns(turns, scale.of(ROUNDS, 1))
     rates = {name: 1 / value for name, value in medians(figures).items()}
     rows = [(name, f"{rate:,.0f}") for name, rate in rates.items()]
     title = (
         "updates that are on disk when they return (simulated disk: each sync 2 ms longer; to "
-        f"sleep: {pause * 1e3:.2f} ms, as a sync takes here, and each {PROCESSES}th save syncs)"
+        f"sleep: {pause * 1e3:.2f} ms, with which it takes as long as a sync, and each "
+        f"{PROCESSES}th save syncs)"
     )
     yield Table(title, ("saved by", "per second"), rows)
     what = f"saves/s of {many} that wait for the disk, to one process"
@@ -193,6 +200,12 @@ def lone_sync(path: Path) -> float:
     return median(taken)
 
 
+def longest_sleep(duration: float) -> float:
+    """Return for how long to sleep to be back after `duration`: the kernel is late by its slack."""
+    late = median([seconds(partial(time.sleep, SHORTEST)) for _ in range(SYNCS)])
+    return max(SHORTEST, duration - late)
+
+
 def at_least(figures: Figures, name: str, control: str, limit: float, what: str) -> Goal:
     """Return the goal that `name` does so many times as much in a second as `control`."""
     value, spread = ratio(figures, control, name)
@@ -210,7 +223,11 @@ def savers(
     that costs, nor can a sync be for more saves than there are processes.
     """
     own = get_runtime().settings
-    settings = {"JOURNAL_DIRECTORY": str(own.journal_directory), "SYNC_INTERVAL": interval}
+    settings = {
+        "JOURNAL_DIRECTORY": str(own.journal_directory),
+        "JOURNAL_SIZE": ROOM,
+        "SYNC_INTERVAL": interval,
+    }
     environment = {
         "SESSION_DIRECTORY": str(own.directory),
         "DEFERRED_SESSIONS": json.dumps(settings),
@@ -235,28 +252,27 @@ def workers(
     script: str, arguments: Sequence[Sequence[str]], environment: Mapping[str, str]
 ) -> Iterator[Callable[[], float]]:
     """Be processes that begin at the same time, when told; returns what the slowest one says."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *each],
-            env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[1])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for each in arguments
-    ]
-    pipes = [(process.stdin, process.stdout) for process in started]
+    started: list[subprocess.Popen[str]] = []
 
     def turn() -> float:
-        for asked, _ in pipes:
-            assert asked is not None
-            asked.write("go\n")
-            asked.flush()
-        return max(float(_line(told)) for _, told in pipes)
+        for process in started:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return max(float(_line(process.stdout)) for process in started)
 
     try:
-        for _, told in pipes:
-            _line(told)
+        for each in arguments:
+            process = subprocess.Popen(
+                [sys.executable, "-c", script, *each],
+                env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[1])},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            started.append(process)
+        for process in started:
+            _line(process.stdout)
         yield turn
     finally:
         for process in started:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.engines import BARE, CONTROL, DB, NOTHING, OURS, REDIS, UNSHARED, available, engine
-from benchmarks.measure import Figures, Goal, Plot, Scale, Table, medians, ratio, take_turns
+from benchmarks.measure import Figures, Goal, Plot, Scale, Table, median, medians, ratio, take_turns
 from benchmarks.server import Server
 from benchmarks.sessions import stored
 
@@ -92,7 +92,7 @@ def server(stack: ExitStack, name: str, place: Path, *, asynchronous: bool = Fal
 
 
 def rates(servers: dict[str, Server], path: str, scale: Scale) -> Figures:
-    """Return the seconds per request of each server, by round."""
+    """Return the seconds per request of each server, by round; of those compared for more."""
 
     def ask(name: str) -> float:
         return 1 / servers[name].ask(path, 1).rate
@@ -143,7 +143,7 @@ def table_of(title: str, figures: Figures) -> Table:
     """Return the requests per second of each engine, as a share of the one that does nothing."""
     middle = medians(figures)
     rows = [
-        (name, f"{1 / value:,.0f}", f"{middle[NOTHING] / value:.2f}")
+        (name, f"{1 / value:,.0f}", f"{median(figures[NOTHING][: len(figures[name])]) / value:.2f}")
         for name, value in sorted(middle.items(), key=lambda item: item[1])
     ]
     return Table(title, ("engine", "requests/s", "share"), rows)

@@ -103,7 +103,9 @@ class DeferredSession(SessionBase):
             raise ReadOnlySessionError("A view with @read_only_session cannot save its session.")
         key, base, session = self._session_key, self._base, self._session_cache
         if base is not None and key is not None:  # then it was checked when it was loaded
-            snapshot, changed = base.snapshot.changed_to(session, runtime.urgent_keys)
+            # If the last write wins, it is one only if something has really changed.
+            watched = runtime.urgent_keys if merging else None
+            snapshot, changed = base.snapshot.changed_to(session, watched)
             is_urgent = not runtime.urgent_keys.isdisjoint(changed)
         elif is_valid(key):
             snapshot, is_urgent, changed = runtime.codec.encode(session), True, session

@@ -1,8 +1,8 @@
 """What becomes of a record: one pure function per event in a session's life.
 
-Called by `tiers` and `flusher`, mostly as transitions that the host store applies
-inside its write transaction; therefore nothing here does I/O, decodes a payload or
-calls user code. Invariant: a record is clean, touched or changed exactly as far as
+Called by `tiers`, `saving`, `bypass` and `flusher`, mostly as transitions that the host
+store applies inside its write transaction; therefore nothing here does I/O, decodes a
+payload or calls user code. Invariant: a record is clean, touched or changed exactly as far as
 its last confirmed write to PostgreSQL says so.
 
                  saved                     written

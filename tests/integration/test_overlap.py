@@ -106,6 +106,27 @@ def test_the_last_write_wins_if_so_set(tune: Callable[..., Runtime], call: Call)
     assert runtime.counters.totals()[Counter.MERGES] == 0
 
 
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_changed_nothing_is_no_last_write(
+    tune: Callable[..., Runtime], call: Call, is_own: bool
+) -> None:
+    """Whichever process saved the session before: another order of the keys is no change."""
+    runtime = tune(LOCKING="last-write-wins")
+    session = created(a=1, b=1)
+    if not is_own:
+        runtime.cache.clear()
+    ours = loaded(session)
+    if not is_own:
+        runtime.cache.clear()
+    theirs = loaded(session)
+    theirs["b"] = 2
+    call(theirs, "save")
+    ours["a"] = ours.pop("a")
+    call(ours, "save")
+
+    assert content(session) == {"a": 1, "b": 2}
+
+
 def test_a_login_elsewhere_is_kept_and_written(call: Call) -> None:
     """What they changed that must not wait was written by them; ours is written by us."""
     session = created(a=1)
