@@ -106,17 +106,13 @@ def test_the_last_write_wins_if_so_set(tune: Callable[..., Runtime], call: Call)
     assert runtime.counters.totals()[Counter.MERGES] == 0
 
 
-@pytest.mark.parametrize("is_own", [True, False])
-def test_what_changed_nothing_is_no_last_write(
-    tune: Callable[..., Runtime], call: Call, is_own: bool
-) -> None:
-    """Whichever process saved the session before: another order of the keys is no change."""
+def test_what_changed_nothing_is_no_last_write(tune: Callable[..., Runtime], call: Call) -> None:
+    """Another order of the keys is no change; also if another process had saved the session."""
     runtime = tune(LOCKING="last-write-wins")
     session = created(a=1, b=1)
-    if not is_own:
-        runtime.cache.clear()
+    runtime.cache.clear()
     ours, theirs = SessionStore(session.session_key), SessionStore(session.session_key)
-    ours["a"] = ours.pop("a")  # decoded for this, if it was not our own
+    ours["a"] = ours.pop("a")  # decoded for this
     runtime.cache.clear()
     theirs["b"] = 2
     call(theirs, "save")
