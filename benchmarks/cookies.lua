@@ -1,4 +1,5 @@
--- Requests of many visitors, for wrk: a cookie of KEYS each, in turn; DELAY ms between two.
+-- Requests of many visitors, for wrk: a cookie of KEYS each, in turn; DELAY ms between two of a
+-- connection, on average: visitors do not wait for each other, so their pauses are exponential.
 -- A connection each, as with the configuration that `sessionproxy` prints for nginx: those that
 -- are kept may all have been taken by the same of two asynchronous workers.
 local keys, number = {}, 0
@@ -13,7 +14,8 @@ end
 
 local pause = tonumber(os.getenv("DELAY") or "0")
 if pause > 0 then
-  function delay() return pause end
+  math.randomseed(1)
+  function delay() return math.floor(0.5 - pause * math.log(1 - math.random())) end
 end
 
 function done(summary, latency)

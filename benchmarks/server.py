@@ -47,6 +47,8 @@ class Server:
             command += ["testproject.wsgi"]
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
+            # As behind nginx, a request is there when a worker accepts its connection.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(PATIENCE))
             listener.listen(1024)
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             self._process = subprocess.Popen(
@@ -58,7 +60,7 @@ class Server:
         self._wait()
 
     def ask(self, path: str, seconds: float, *, rate: float | None = None) -> Answer:
-        """Let visitors ask for `path`, as fast as they can or at about `rate` per second."""
+        """Let visitors ask for `path`: as fast as they can, or at random, `rate` per second."""
         connections = CONNECTIONS if rate is None else 4 * CONNECTIONS
         pause = 0.0 if rate is None else 1000 * connections / rate
         done = subprocess.run(
