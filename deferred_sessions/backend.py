@@ -12,8 +12,7 @@ be used in async code, because no database is involved.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Final
 
 from asgiref.sync import sync_to_async
@@ -60,8 +59,11 @@ class SessionStore(DeferredSession):
     from the name, and rows stay readable by `django.contrib.sessions.backends.db`.
     """
 
-    _outcome: tuple[Exception | None] | None = None
-    """What became of a save that was done already, see `saved_already`."""
+    outcome: tuple[Exception | None] | None = None
+    """What became of a save that was awaited already: `save` raises that, or does nothing.
+
+    For middleware that has awaited `asave` and then calls code that calls `save`.
+    """
 
     def __init__(self, session_key: str | None = None) -> None:
         # All that Django's does, but for the serializer, which it imports for each request.
@@ -157,9 +159,9 @@ class SessionStore(DeferredSession):
             ServerUnavailableError: PostgreSQL had to be asked and could not be.
             ReadOnlySessionError: The view had promised not to.
         """
-        if self._outcome is not None:
-            if self._outcome[0] is not None:
-                raise self._outcome[0]
+        if self.outcome is not None:
+            if self.outcome[0] is not None:
+                raise self.outcome[0]
             return
         if self.session_key is None:
             self.create()
@@ -249,18 +251,6 @@ class SessionStore(DeferredSession):
             raise TypeError(f"Names of session keys are strings, unlike {names!r}.")
         wait = runtime.settings.lock_timeout if timeout is None else timeout
         return SessionLock(self, runtime.claims, frozenset(names), wait)
-
-    @contextmanager
-    def saved_already(self, failure: Exception | None) -> Iterator[None]:
-        """Have `save` do nothing in the block, or raise `failure`.
-
-        For middleware that has awaited `asave` and then calls code that calls `save`.
-        """
-        self._outcome = (failure,)
-        try:
-            yield
-        finally:
-            self._outcome = None
 
     def cycle_key(self) -> None:
         """Go on under another key, with what overlapping requests saved under this one."""

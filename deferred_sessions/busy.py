@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Final
 
 from deferred_sessions.exceptions import LockTimeoutError, SessionBusy
 from deferred_sessions.memory.claims import Claim, Claims
 
 _request: ContextVar[list[Claim] | None] = ContextVar("deferred_sessions_busy", default=None)
 """What the request of this context holds; None outside of requests."""
+_NOTHING_HELD: Final = nullcontext()
 
 
 class Busy:
@@ -29,12 +31,12 @@ class Busy:
         self._claims = claims
         self._timeout = timeout
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> AbstractContextManager[None]:
         """Be the request that holds what is loaded in the block."""
-        if not self.is_exclusive:
-            yield
-            return
+        return self._holding() if self.is_exclusive else _NOTHING_HELD
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
         held: list[Claim] = []
         token = _request.set(held)
         try:

@@ -85,7 +85,8 @@ class SessionMiddleware(DjangoSessionMiddleware):
             failure: Exception | None = None
             try:
                 if self._is_to_be_saved(session, runtime):
-                    await session.aget(EXPIRY_KEY)  # process_response will look at it
+                    if "_session_cache" not in session.__dict__:  # it may be gone: a new key then
+                        await session.aget(EXPIRY_KEY)
                     await session.asave()
                 else:
                     return self.process_response(request, response)
@@ -93,8 +94,11 @@ class SessionMiddleware(DjangoSessionMiddleware):
                 failure = error
             except TROUBLE as error:
                 return self._come_again(request, error)
-            with session.saved_already(failure):
+            session.outcome = (failure,)
+            try:
                 return self.process_response(request, response)
+            finally:
+                session.outcome = None
 
     def _is_to_be_saved(self, session: Any, runtime: Runtime) -> bool:
         return (session.modified or runtime.saves_every_request) and not session.is_empty()

@@ -17,6 +17,7 @@ from django.test import AsyncClient, Client, RequestFactory
 
 from deferred_sessions.backend import SessionStore
 from deferred_sessions.conf import MIDDLEWARE
+from deferred_sessions.memory.counters import Counter
 from deferred_sessions.middleware import SessionMiddleware
 from deferred_sessions.runtime import Runtime
 from tests.integration.conftest import Outage, created, forget, row
@@ -145,6 +146,43 @@ def test_a_session_deleted_during_the_request(serve: Serve) -> None:
 
     with pytest.raises(SessionInterrupted):
         serve(session, view)
+
+
+def test_a_session_that_is_gone_goes_on_under_another_key(serve: Serve, settings: Any) -> None:
+    """Also if only the middleware saves it."""
+    settings.SESSION_SAVE_EVERY_REQUEST = True
+    session = created(n=1)
+    key = str(session.session_key)
+    session.delete()
+
+    response = serve(session, lambda _: HttpResponse())
+    assert response.cookies["sessionid"].value not in ("", key)
+
+
+def test_it_saves_once(runtime: Runtime, serve: Serve) -> None:
+    session = created(n=1)
+
+    def saves() -> int:
+        return sum(map(runtime.counters.total, (Counter.UPDATES, Counter.TOUCHES)))
+
+    before = saves()
+    serve(session, count)
+    assert saves() == before + 1
+
+
+def test_code_around_it_may_save_once_more(serve: Serve) -> None:
+    """After the response, say another middleware or a test."""
+    session = created(n=1)
+    served: list[Any] = []
+
+    def view(request: HttpRequest) -> HttpResponse:
+        served.append(request.session)
+        return count(request)
+
+    serve(session, view)
+    served[0]["n"] = 7
+    served[0].save()
+    assert SessionStore(session.session_key)["n"] == 7
 
 
 def test_busy(tune: Callable[..., Runtime], serve: Serve) -> None:
