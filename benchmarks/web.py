@@ -172,6 +172,7 @@ def latencies(servers: dict[str, Server], figures: Figures, scale: Scale) -> Ite
             WRITING: partial(meanwhile, NOTHING, "bare"),
             OURS: partial(meanwhile, OURS, "flush"),
         }
+        take_turns(candidates, 1)  # to warm up
         results = take_turns(candidates, scale.of(7, 1))
     rows = [(name, f"{value * 1000:.1f}") for name, value in medians(results).items()]
     title = f"99th percentile at {LOAD:.0%} load for {duration} s, in which {number:,} are flushed"
