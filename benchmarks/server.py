@@ -47,8 +47,9 @@ class Server:
             command += ["testproject.wsgi"]
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            # As behind nginx, a request is there when a worker accepts its connection.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(PATIENCE))
+            if hasattr(socket, "TCP_DEFER_ACCEPT"):  # on Linux
+                # As behind nginx, a request is there when a worker accepts its connection.
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(PATIENCE))
             listener.listen(1024)
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             self._process = subprocess.Popen(

@@ -59,7 +59,7 @@ class SessionStore(DeferredSession):
     from the name, and rows stay readable by `django.contrib.sessions.backends.db`.
     """
 
-    outcome: tuple[Exception | None] | None = None
+    saved_already: tuple[Exception | None] | None = None
     """What became of a save that was awaited already: `save` raises that, or does nothing.
 
     For middleware that has awaited `asave` and then calls code that calls `save`.
@@ -159,9 +159,9 @@ class SessionStore(DeferredSession):
             ServerUnavailableError: PostgreSQL had to be asked and could not be.
             ReadOnlySessionError: The view had promised not to.
         """
-        if self.outcome is not None:
-            if self.outcome[0] is not None:
-                raise self.outcome[0]
+        if self.saved_already is not None:
+            if self.saved_already[0] is not None:
+                raise self.saved_already[0]
             return
         if self.session_key is None:
             self.create()

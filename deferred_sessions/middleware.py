@@ -94,11 +94,11 @@ class SessionMiddleware(DjangoSessionMiddleware):
                 failure = error
             except TROUBLE as error:
                 return self._come_again(request, error)
-            session.outcome = (failure,)
+            session.saved_already = (failure,)
             try:
                 return self.process_response(request, response)
             finally:
-                session.outcome = None
+                session.saved_already = None
 
     def _is_to_be_saved(self, session: Any, runtime: Runtime) -> bool:
         return (session.modified or runtime.saves_every_request) and not session.is_empty()
