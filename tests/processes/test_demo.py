@@ -98,7 +98,9 @@ def figures(address: str) -> dict[str, Any]:
 def test_the_shop_opens_and_closes(demo: Demo, number: int) -> None:
     """Visitors come, the poller writes, and nothing is left running."""
     address = demo.address()
-    waiting = figures(address)["requests"]  # until the shop was open
+    # A request is counted when it has ended, which is after its answer.
+    wait_until(lambda: figures(address)["requests"] > 0, what="the one that found it open")
+    waiting = figures(address)["requests"]
     visitors = subprocess.run(
         [
             *(sys.executable, "-m", "testproject.visitors", address),
